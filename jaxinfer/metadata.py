@@ -1,0 +1,67 @@
+"""A file's metadata, read key by key with the rule that each value must meet."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_REQUIRED: Any = object()
+
+
+class Metadata:
+    """The keys of one architecture: `m.whole("block_count")` reads `<architecture>.block_count`.
+
+    A key without a default is required. Every error is a ValueError that names file, key and rule.
+    """
+
+    def __init__(self, path: str, values: Mapping[str, Any]):
+        self.path = path
+        self.values = values
+        architecture = values.get("general.architecture")
+        if not isinstance(architecture, str):
+            raise ValueError(f"{path}: general.architecture must be a string, not {architecture!r}")
+        self.architecture = architecture
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        key = f"{self.architecture}.{key}"
+        self._read.add(key)
+        value = self.values.get(key, default)
+        if value is _REQUIRED:
+            raise ValueError(f"{self.path}: the metadata has no {key}, which {self.architecture} needs")
+        return value
+
+    def wrong(self, key: str, value: Any, rule: str) -> ValueError:
+        return ValueError(f"{self.path}: {self.architecture}.{key} is {value!r}, but must be {rule}")
+
+    def whole(self, key: str, default: Any = _REQUIRED, *, least: int = 1, most: int = 2**31 - 1) -> int:
+        """A whole number. An array, one entry a layer, is taken where all its entries agree."""
+        value = self.get(key, default)
+        if isinstance(value, np.ndarray) and value.size and (value == value.flat[0]).all():
+            value = value.flat[0].item()
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.wrong(key, value, f"a whole number from {least} to {most}, the same for all layers")
+        return value
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.wrong(key, value, "a finite number above zero")
+        return float(value)
+
+    def text(self, key: str, default: Any = _REQUIRED) -> str:
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, value, "a string")
+        return value
+
+    def refuse(self, key: str, *harmless: Any) -> None:
+        """Fails if a key switches on something that is not supported: it has another value than the harmless ones."""
+        value = self.get(key, None)
+        if value is not None and value not in harmless:
+            raise ValueError(f"{self.path}: {self.architecture}.{key} = {value!r} is not supported")
+
+    def unread(self) -> list[str]:
+        """The keys under the architecture's prefix that nothing has asked for."""
+        return sorted(k for k in self.values if k.startswith(f"{self.architecture}.") and k not in self._read)

@@ -1,0 +1,13 @@
+"""Qwen2 and Qwen2.5: Llama's decoder with the other rope pairing; its biases are in the file."""
+
+import numpy as np
+
+from jaxinfer.loader import Weights
+from jaxinfer.metadata import Metadata
+from jaxinfer.models.llama import Config, Params, forward, init_cache, load_decoder, logits
+
+__all__ = ["Config", "Params", "forward", "init_cache", "load", "logits"]
+
+
+def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config, Params]:
+    return load_decoder(metadata, weights, dtype, interleaved=False, head_norms=False)

@@ -1,0 +1,143 @@
+"""The operations that a device may do in its own way, as a tuple of functions.
+
+A model calls these and nothing else that touches a packed weight or a whole cache. `REFERENCE` is plain jnp, runs
+anywhere and defines the result; to swap one operation, replace one field: `REFERENCE._replace(matmul=fused_matmul)`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxinfer.cache import KVCache
+from jaxinfer.quants import Weight, at, dense
+from jaxinfer.tree import Device, Index
+
+
+class Ops(NamedTuple):
+    matmul: Callable[..., Array]
+    attention: Callable[..., Array]
+
+
+def matmul_reference(
+    x: Float[Array, "B T D"], w: Weight, layer: Index | None = None, *, dtype: np.dtype | None = None
+) -> Float[Array, "B T F"]:
+    """x @ w[layer].T for a weight [R, F, D], or [F, D] where `layer` is None.
+
+    Operands in x's type, sums in f32, the result in `dtype` (x's by default). An f32 product is one, not TF32.
+    """
+    w = dense(w if layer is None else at(w, layer), x.dtype)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum("btd,fd->btf", x, w, precision=precision, preferred_element_type=dtype or x.dtype)
+
+
+def attention_reference(
+    q: Float[Array, "B T K G H"],
+    cache: KVCache,
+    layer: Index,
+    pos: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "B T K G H"]:
+    """softmax(scale * q k^T) v over the cached positions p that a query at `pos` sees: pos - window < p <= pos.
+
+    Operands in q's type, scores and softmax in f32. A query that sees nothing, such as a pad, gives zeros.
+    """
+    b, t, kv_heads, group, width = q.shape
+    k, v, held = (at(a, layer) for a in (cache.k, cache.v, cache.pos))
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    dot = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    rows = q.transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, width)
+    s = dot("bkqh,bksh->bkqs", rows, k.astype(q.dtype)).reshape(b, kv_heads, group, t, -1) * scale
+    s = jnp.where(visible(pos, held, window)[:, :, None], s, -jnp.inf)
+    top = jnp.maximum(s.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)  # finite, so that no row is nan
+    e = jnp.exp(s - top)
+    total = jnp.maximum(e.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    o = dot("bkqs,bksh->bkqh", e.astype(q.dtype).reshape(b, kv_heads, group * t, -1), v.astype(q.dtype))
+    return (o.reshape(b, kv_heads, group, t, width) / total).transpose(0, 3, 1, 2, 4).astype(q.dtype)
+
+
+def visible(pos: Int[Array, "B T"], held: Int[Array, "B K S"], window: int | None) -> Bool[Array, "B K T S"]:
+    """Which cached positions a query sees: those of tokens, up to its own, within the window."""
+    age = pos[:, None, :, None] - held[:, :, None, :]
+    seen = (held[:, :, None, :] >= 0) & (age >= 0)
+    return seen if window is None else seen & (age < window)
+
+
+REFERENCE = Ops(matmul_reference, attention_reference)
+
+FEW = 8  # rows of activations up to which a product is bound by its weight's bytes alone
+
+
+def matmul_gpu(
+    x: Float[Array, "B T D"], w: Weight, layer: Index | None = None, *, dtype: np.dtype | None = None
+) -> Float[Array, "B T F"]:
+    """The reference's product; for few rows as multiply and sum.
+
+    Then slice, decoding and product are one fusion that reads the stack in place at up to 4.3 TB/s on an H200, where a
+    library product first copies the layer's weight out of the stack (79 tokens/s against 215 for an 8B model).
+    """
+    if x.shape[0] * x.shape[1] > FEW:
+        return matmul_reference(x, w, layer, dtype=dtype)
+    w = dense(w if layer is None else at(w, layer), jnp.float32)
+    return (x[:, :, None, :].astype(jnp.float32) * w).sum(-1).astype(dtype or x.dtype)
+
+
+def attention_cudnn(
+    q: Float[Array, "B T K G H"],
+    cache: KVCache,
+    layer: Index,
+    pos: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "B T K G H"]:
+    """The reference's attention through cuDNN's fused kernel, for chunks; few queries take the reference.
+
+    A first chunk, whose keys are all its own, is plain causal attention; a later one needs the mask as a bias, which
+    costs four times as much. Operands must be bf16 or f16 and heads at most 256 wide, see `default_ops`. Like all of
+    cuDNN's attention it asks that a row's tokens be consecutive and end the chunk, which `left_pad` sees to.
+    """
+    b, t, kv_heads, group, width = q.shape
+    if t <= FEW:
+        return attention_reference(q, cache, layer, pos, scale=scale, window=window)
+    heads = q.reshape(b, t, kv_heads * group, width)
+    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+
+    def first(_: None) -> Array:
+        pads = t - 1 - pos[:, -1:]  # rolled to the end, where causality hides them: then slot, position and row agree
+        order = (jnp.arange(t) + pads) % t
+        back = (jnp.arange(t) - pads) % t
+        own = [swapped(a)[:, :t] for a in (cache.k, cache.v)]
+        return take_rows(attend(take_rows(heads, order), *own, is_causal=True), back)
+
+    def later(_: None) -> Array:
+        bias = jnp.where(visible(pos, at(cache.pos, layer), window), 0.0, -jnp.inf).astype(q.dtype)
+        return attend(heads, swapped(cache.k), swapped(cache.v), bias=jnp.repeat(bias, group, axis=1))
+
+    def swapped(stack: Array) -> Array:
+        # cuDNN wants [B, S, K, H]. Without the constraint XLA gives the whole stack that order, and copies it to do so.
+        return with_layout_constraint(at(stack, layer), Layout((0, 1, 2, 3))).swapaxes(1, 2)
+
+    def take_rows(x: Array, rows: Array) -> Array:
+        return jnp.take_along_axis(x, rows[:, :, None, None], axis=1)
+
+    alone = (pos[:, -1] < t).all() if cache.k.shape[3] >= t and (window is None or window >= t) else False
+    return lax.cond(alone, first, later, None).reshape(q.shape)
+
+
+GPU = Ops(matmul_gpu, attention_cudnn)
+
+
+def default_ops(device: Device, dtype: np.dtype) -> Ops:
+    """The fastest operations there are for activations of a type on a device."""
+    if device.platform != "gpu":
+        return REFERENCE
+    return GPU if dtype in (jnp.bfloat16, jnp.float16) else GPU._replace(attention=attention_reference)

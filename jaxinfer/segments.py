@@ -1,0 +1,72 @@
+"""Layers as segments: a short pattern of layers times a repeat count, so that a program holds each layer body once.
+
+A layer's signature is the structure of its parameters with the type and shape of each: layers of one signature share a
+body. The weights of a segment are stacked along the repeats and the loop indexes the stack, which reads it in place.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from jax import lax
+
+from jaxinfer.tree import Index, pytree, static
+
+
+@pytree
+class Segment:
+    layers: tuple[Any, ...]  # the parameters of each layer of the pattern, every leaf stacked [R, ...]
+    repeats: int = static()
+
+
+def cut(signatures: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """Cuts a list of layers into (pattern length, repeats), in order, with the fewest layer bodies in total.
+
+    Among equal cuts the one with the fewest segments is taken.
+    """
+    n = len(signatures)
+    best: list[tuple[int, int]] = [(0, 0)]  # of the first i layers: (bodies, segments)
+    last: list[tuple[int, int]] = [(0, 0)]  # the segment that ends there
+    for end in range(1, n + 1):
+        options = []
+        for length in range(1, end + 1):
+            repeats = 1
+            while True:
+                bodies, segments = best[end - repeats * length]
+                options.append(((bodies + length, segments + 1), (length, repeats)))
+                start = end - (repeats + 1) * length
+                if start < 0 or signatures[start : start + length] != signatures[end - length : end]:
+                    break
+                repeats += 1
+        cost, segment = min(options)
+        best.append(cost)
+        last.append(segment)
+    cuts = []
+    end = n
+    while end:
+        cuts.append(last[end])
+        end -= last[end][0] * last[end][1]
+    return cuts[::-1]
+
+
+def run[X](
+    segments: Sequence[Segment],
+    caches: Sequence[tuple[Any, ...]],
+    x: X,
+    step: Callable[[Any, Index, X, Any], tuple[X, Any]],
+) -> tuple[X, tuple[tuple[Any, ...], ...]]:
+    """Passes x through all layers in order: (x, cache) = step(layer's params, index in its stack, x, its cache)."""
+    done = []
+    for segment, cache in zip(segments, caches, strict=True):
+
+        def body(repeat: Index, carry: tuple[X, tuple[Any, ...]], segment: Segment = segment):
+            x, held = carry
+            new = []
+            for params, one in zip(segment.layers, held, strict=True):
+                x, one = step(params, repeat, x, one)
+                new.append(one)
+            return x, tuple(new)
+
+        one_pass = segment.repeats == 1  # a plain number as the index leaves no slice in the program
+        x, cache = body(0, (x, cache)) if one_pass else lax.fori_loop(0, segment.repeats, body, (x, cache))
+        done.append(cache)
+    return x, tuple(done)

@@ -1,0 +1,91 @@
+"""Perplexity against llama.cpp's logits, and against the protocol written out in float64 numpy."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxinfer
+from jaxinfer.perplexity import perplexity
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return jaxinfer.load(GOLDENS / "qwen3.gguf")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDENS / "qwen3.base.npz")
+
+
+def nll(logits: np.ndarray, tokens: list[int]) -> list[float]:
+    """-log p of each token but the first under the logits before it."""
+    logits = logits.astype(np.float64)
+    total = np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)) + logits.max(axis=1)
+    return [total[i] - logits[i, after] for i, (_, after) in enumerate(pairwise(tokens))]
+
+
+def protocol(loaded, ids: list[int], ctx: int, bos: int | None) -> list[tuple[float, float]]:
+    """(perplexity, error) after each window."""
+    scored, out = [], []
+    for start in range(0, len(ids) - ctx + 1, ctx):
+        window = ids[start : start + ctx]
+        shown = window if bos is None else [bos, *window[1:]]
+        logits = jaxinfer.score(loaded.model, loaded.params, shown)
+        scored += nll(logits, window)[ctx // 2 :]
+        mean = sum(scored) / len(scored)
+        error = math.sqrt((sum(x * x for x in scored) / len(scored) - mean**2) / (len(scored) - 1))
+        out.append((math.exp(mean), math.exp(mean) * error))
+    return out
+
+
+def test_llama_cpp_logits(loaded, golden):
+    """The first of two windows of 24 tokens is the start of the golden prompt: 11 tokens are scored, 13 to 23."""
+    first = next(perplexity(loaded.model, loaded.params, golden["tokens"].tolist(), ctx=24))
+    want = np.mean(nll(golden["logits"], golden["tokens"].tolist())[12:23])
+    # Both engines' float noise, 7e-5 in a logit, moves a log probability by at most twice as much.
+    assert math.log(first.perplexity) == pytest.approx(want, abs=3e-4)
+
+
+@pytest.mark.parametrize("bos", [None, 284])
+@pytest.mark.parametrize(("ctx", "chunk"), [(16, None), (15, 4), (24, 16)])
+def test_protocol(loaded, golden, ctx, chunk, bos):
+    ids = golden["tokens"].tolist()
+    got = list(perplexity(loaded.model, loaded.params, ids, ctx=ctx, chunk=chunk, bos=bos))
+    assert [e.windows for e in got] == list(range(1, len(ids) // ctx + 1))
+    # f32 against float64 in the softmax, 1e-7 relative, and chunks summed in another order: both far below this.
+    want = protocol(loaded, ids, ctx, bos)
+    np.testing.assert_allclose([(e.perplexity, e.error) for e in got], want, rtol=1e-4)
+
+
+def test_one_scored_token_has_no_error(loaded, golden):
+    first, second, *_ = perplexity(loaded.model, loaded.params, golden["tokens"].tolist(), ctx=3)
+    assert math.isnan(first.error)
+    assert second.error > 0
+
+
+def test_chunks_of_any_size_agree(loaded, golden):
+    ids = golden["tokens"].tolist()
+    got = [list(perplexity(loaded.model, loaded.params, ids, ctx=20, chunk=c))[-1][1:] for c in (1, 7, 20, 64)]
+    np.testing.assert_allclose(got, [got[0]] * 4, rtol=1e-4)  # as above
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([1] * 47, {"ctx": 24}, "has 47 tokens, but windows of ctx=24 tokens need at least 48"),
+        ([1] * 48, {"ctx": 2}, "ctx=2 must be at least 3"),
+        ([1] * 48, {"ctx": 0}, "ctx=0 must be at least 3"),
+        ([1] * 48, {"ctx": 8, "chunk": 0}, "chunk=0 must be at least 1"),
+        ([288] * 48, {"ctx": 8}, "288.*from 0 to 287"),
+        ([1] * 48, {"ctx": 8, "bos": -1}, "-1.*from 0 to 287"),
+    ],
+)
+def test_bad_input(loaded, ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        perplexity(loaded.model, loaded.params, ids, **options)
