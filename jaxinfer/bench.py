@@ -123,7 +123,7 @@ def row(
     }
 
 
-def _deviation(values: Sequence[float]) -> float:
+def _deviation(values: Sequence[float | int]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 

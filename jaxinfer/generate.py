@@ -188,7 +188,7 @@ def stream(
         burst=burst,
     )
     compile_s = run.compile(compiling)
-    text = Text(tokenizer, stop)
+    words, text = tokenizer.stream() if tokenizer else None, StopText(stop)
     began = time.perf_counter()
     state = run.prefill(progress)
     prompt_s, first_s, decode_s, made = time.perf_counter() - began, None, 0.0, 0
@@ -202,8 +202,9 @@ def stream(
             made += 1
             ended = token in run.stops
             last = ended or made == max_tokens
-            new = text.push(token, last=last)
-            if not (last or text.stopped):
+            new = words.push(token) + (words.flush() if last else "") if words else ""
+            new = text.push(new, last=last)
+            if not (last or text.found):
                 yield Piece(new, token)
                 continue
             yield Piece(
@@ -217,7 +218,7 @@ def stream(
                     first_token_s=first_s,
                     compile_s=compile_s,
                     peak_bytes=peak_bytes(device_of(params)),
-                    finish="stop" if ended or text.stopped else "length",
+                    finish="stop" if ended or text.found else "length",
                 ),
             )
             return
@@ -259,26 +260,22 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt, vocab: int) -> list[int]
     return ids
 
 
-class Text:
-    """Tokens to text as they come, held back while they may become a stop string."""
+class StopText:
+    """Text as it comes, held back while its end may become a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
+    def __init__(self, stop: Sequence[str]):
         if isinstance(stop, str) or not all(stop):
             raise ValueError(f"{stop=} must be a list of strings that are not empty")
-        self._stream = tokenizer.stream() if tokenizer else None
         self._stop = list(stop)
         self._held = ""
-        self.stopped = False
+        self.found = False
 
-    def push(self, token: int, *, last: bool) -> str:
-        """The text that is now certain; all that is left if this is the last token. Sets `stopped` at a stop string."""
-        if self._stream is None:
-            return ""
-        self._held += self._stream.push(token) + (self._stream.flush() if last else "")
-        found = [i for i in (self._held.find(s) for s in self._stop) if i >= 0]
-        if found:
-            self.stopped = True
-            return self._held[: min(found)]
+    def push(self, text: str, *, last: bool) -> str:
+        """The text that is now certain, all of it if it is the last; up to a stop string where one is `found`."""
+        self._held += text
+        if starts := [i for i in map(self._held.find, self._stop) if i >= 0]:
+            self.found = True
+            return self._held[: min(starts)]
         keep = 0 if last else max((_overlap(self._held, s) for s in self._stop), default=0)
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return out

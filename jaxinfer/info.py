@@ -54,7 +54,7 @@ def info(found: Description, ctx: int | None = None) -> dict[str, str]:
         "cache": f"{_bytes(cache) / 2**20:.2f} MiB for {slots} tokens",
         "weights": f"{weights}, on {found.device.device_kind}",
         "activations": str(model.config.dtype),
-        "ops": ", ".join(f"{name}: {op.__name__}" for name, op in model.ops._asdict().items()),
+        "ops": ", ".join(f"{name}: {getattr(op, '__name__', op)}" for name, op in model.ops._asdict().items()),
     }
 
 

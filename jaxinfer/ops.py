@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.cache import KVCache
@@ -26,7 +27,7 @@ class Ops(NamedTuple):
 
 
 def matmul_reference(
-    x: Float[Array, "B T D"], w: Weight, layer: Index | None = None, *, dtype: np.dtype | None = None
+    x: Float[Array, "B T D"], w: Weight, layer: Index | None = None, *, dtype: DTypeLike | None = None
 ) -> Float[Array, "B T F"]:
     """x @ w[layer].T for a weight [R, F, D], or [F, D] where `layer` is None.
 
@@ -73,11 +74,92 @@ def visible(pos: Int[Array, "B T"], held: Int[Array, "B K S"], window: int | Non
 
 REFERENCE = Ops(matmul_reference, attention_reference)
 
+TILE, BLOCK = 128, 256  # queries and keys at a time on a CPU: fastest of 64 to 512 for heads of 64, caches of 768
+
+
+def attention_blocks(
+    q: Float[Array, "B T K G H"],
+    cache: KVCache,
+    layer: Index,
+    pos: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "B T K G H"]:
+    """The reference's attention, a tile of queries and a block of keys at a time (FlashAttention, arXiv:2205.14135).
+
+    Blocks in which no query of the tile sees a key are not visited, so that the cost follows the tokens in the cache,
+    or in the window, and not the slots. The stack is read in place.
+    """
+    b, t, *heads = q.shape
+    tiles = -(-t // TILE) if t > TILE else 1
+    width = TILE if t > TILE else t
+    pad = ((0, 0), (0, tiles * width - t))
+    q_tiles = jnp.pad(q, (*pad, (0, 0), (0, 0), (0, 0))).reshape(b, tiles, width, *heads).swapaxes(0, 1)
+    pos_tiles = jnp.pad(pos, pad, constant_values=-1).reshape(b, tiles, width).swapaxes(0, 1)
+    one = partial(_attend_tile, cache=cache, layer=layer, scale=scale, window=window)
+    o = one(q_tiles[0], pos_tiles[0])[None] if tiles == 1 else lax.map(lambda x: one(*x), (q_tiles, pos_tiles))
+    return o.swapaxes(0, 1).reshape(b, tiles * width, *heads)[:, :t]
+
+
+def _attend_tile(
+    q: Array, pos: Array, *, cache: KVCache, layer: Index, scale: float, window: int | None
+) -> Float[Array, "B T K G H"]:
+    b, t, kv_heads, group, width = q.shape
+    slots = cache.k.shape[3]
+    block = min(BLOCK, slots)
+    order, count = live_blocks(pos, at(cache.pos, layer), block, window)
+    dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    rows = (q * scale).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, width)
+
+    def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, o = carry
+        first = order[i] * block
+        start = jnp.minimum(first, slots - block)  # the last block may overlap the one before: those keys are masked
+
+        def read(a: Array) -> Array:
+            return lax.dynamic_slice(
+                a, (layer, 0, 0, start, *(0,) * (a.ndim - 4)), (1, *a.shape[1:3], block, *a.shape[4:])
+            )[0]
+
+        held = jnp.where(start + jnp.arange(block) >= first, read(cache.pos), -1)
+        s = dot("bkqh,bksh->bkqs", rows, read(cache.k).astype(q.dtype)).reshape(b, kv_heads, group, t, block)
+        s = jnp.where(visible(pos, held, window)[:, :, None], s, -jnp.inf)
+        new = jnp.maximum(top, s.max(-1, keepdims=True))
+        e, decay = jnp.exp(s - new), jnp.exp(top - new)
+        values = dot(
+            "bkqs,bksh->bkqh", e.reshape(b, kv_heads, group * t, block).astype(q.dtype), read(cache.v).astype(q.dtype)
+        )
+        return new, total * decay + e.sum(-1, keepdims=True), o * decay + values.reshape(o.shape)
+
+    shape = (b, kv_heads, group, t)
+    empty = jnp.full((*shape, 1), jnp.finfo(jnp.float32).min), jnp.zeros((*shape, 1)), jnp.zeros((*shape, width))
+    _, total, o = lax.fori_loop(0, count, visit, empty)
+    return (o / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).transpose(0, 3, 1, 2, 4).astype(q.dtype)
+
+
+def live_blocks(
+    pos: Int[Array, "B T"], held: Int[Array, "B K S"], block: int, window: int | None
+) -> tuple[Int[Array, " n"], Int[Array, ""]]:
+    """Blocks of slots that hold a position which some query may see, in order, before the others; and how many."""
+    far = jnp.iinfo(jnp.int32).max
+    n = -(-held.shape[2] // block)
+    padded = jnp.pad(held, ((0, 0), (0, 0), (0, n * block - held.shape[2])), constant_values=-1)
+    blocks = padded.reshape(*held.shape[:2], n, block)
+    newest, oldest = blocks.max((0, 1, 3)), jnp.where(blocks < 0, far, blocks).min((0, 1, 3))
+    live = (newest >= 0) & (oldest <= pos.max())
+    if window is not None:
+        live &= newest > jnp.where(pos < 0, far, pos).min() - window
+    return jnp.argsort(~live, stable=True), live.sum()
+
+
+CPU = Ops(matmul_reference, attention_blocks)
+
 FEW = 8  # rows of activations up to which a product is bound by its weight's bytes alone
 
 
 def matmul_gpu(
-    x: Float[Array, "B T D"], w: Weight, layer: Index | None = None, *, dtype: np.dtype | None = None
+    x: Float[Array, "B T D"], w: Weight, layer: Index | None = None, *, dtype: DTypeLike | None = None
 ) -> Float[Array, "B T F"]:
     """The reference's product; for few rows as multiply and sum.
 
@@ -139,5 +221,5 @@ GPU = Ops(matmul_gpu, attention_cudnn)
 def default_ops(device: Device, dtype: np.dtype) -> Ops:
     """The fastest operations there are for activations of a type on a device."""
     if device.platform != "gpu":
-        return REFERENCE
+        return CPU
     return GPU if dtype in (jnp.bfloat16, jnp.float16) else GPU._replace(attention=attention_reference)

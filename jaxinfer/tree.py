@@ -16,6 +16,7 @@ def static(**kwargs: Any) -> Any:
 def pytree[T](cls: type[T]) -> type[T]:
     """Makes `cls` a frozen dataclass whose fields are leaves or subtrees, except those declared `static()`."""
     cls = dataclass(frozen=True)(cls)
+    cls.__no_type_check__ = True  # pyright: ignore[reportAttributeAccessIssue] # trees are also made of shapes and Sources
     meta = [f.name for f in fields(cls) if f.metadata.get("static")]  # pyright: ignore[reportArgumentType]
     data = [f.name for f in fields(cls) if not f.metadata.get("static")]  # pyright: ignore[reportArgumentType]
     return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)

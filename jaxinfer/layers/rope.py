@@ -42,8 +42,8 @@ def yarn_frequencies(base: float, width: int, yarn: Yarn, divisors: np.ndarray |
     def pair_of(turns: float) -> float:  # the pair that makes `turns` full turns over the original context
         return width * math.log(yarn.original_context / (2 * math.pi * turns)) / (2 * math.log(base))
 
-    low = max(0, math.floor(pair_of(32)))
-    high = min(width - 1, math.ceil(pair_of(1)))
+    low = max(0, math.floor(pair_of(32.0)))
+    high = min(width - 1, math.ceil(pair_of(1.0)))
     keep = 1 - np.clip((np.arange(width // 2) - low) / max(0.001, high - low), 0, 1)
     f = frequencies(base, width, divisors=divisors)
     return f * keep + f / yarn.factor * (1 - keep)

@@ -1,0 +1,166 @@
+"""What XLA makes of the two programs: caches are updated in place, and decoding reads weights where they lie."""
+
+import importlib.util
+import math
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+import jaxinfer
+from jaxinfer import Model, Sampler, engine
+from jaxinfer.layers.attention import AttentionParams, AttentionSpec
+from jaxinfer.layers.linear import Linear
+from jaxinfer.layers.mlp import MlpParams
+from jaxinfer.layers.rope import Rope, frequencies
+from jaxinfer.models import qwen3
+from jaxinfer.models.llama import Config, LayerParams, Params
+from jaxinfer.ops import GPU
+from jaxinfer.segments import Segment
+
+MOVES = {"copy", "transpose", "copy-done", "concatenate", "pad"}
+PLACES = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "constant"}
+
+
+def executed(text: str) -> list[tuple[str, int, str]]:
+    """(opcode, elements of the largest result, line) of every instruction that is not inside a fusion.
+
+    A fusion goes by the opcode of its root, so that a fused transpose is one.
+    """
+    bodies = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{$(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+    fused = set(re.findall(r"fusion\(.*?calls=%([\w.\-]+)", text))
+    roots = {name: re.search(r"ROOT \S+ = .*? ([a-z\-]+)\(", body) for name, body in bodies.items()}
+    found = []
+    for name, body in bodies.items():
+        for line in body.splitlines() if name not in fused else []:
+            if not (match := re.match(r"\s*(?:ROOT )?%\S+ = (.*?) ([a-z\-]+)\(", line)):
+                continue
+            shapes, opcode = match.groups()
+            if opcode.endswith("-start"):  # has its operands among its shapes; the "-done" has the result alone
+                continue
+            if opcode == "fusion" and (root := roots[re.findall(r"calls=%([\w.\-]+)", line)[0]]):
+                opcode = root[1]
+            sizes = [math.prod(map(int, s.split(","))) for s in re.findall(r"\w+\[([\d,]+)\]", shapes)]
+            found.append((opcode, max(sizes, default=1), line.strip()[:200]))
+    assert found
+    return found
+
+
+def check_caches_stay(text: str, cache) -> None:
+    """No instruction moves as many elements as a layer position's whole stack of keys has."""
+    stack = cache[0][0].k.size
+    assert not [line for opcode, size, line in executed(text) if opcode in MOVES and size >= stack]
+    assert "input_output_alias" in text
+
+
+def lowered(model, params, cache, tokens: int, sharding=None):
+    """The two programs for one row, as `generate` calls them."""
+
+    def shape(dims, dtype):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    chunk = shape((1, tokens), jnp.int32)
+    state = jax.eval_shape(
+        lambda x, c: engine.start(x, [[1]], c, Sampler.greedy()),
+        jax.ShapeDtypeStruct((1, model.config.vocab), jnp.float32),
+        cache,
+    )
+    place = lambda tree: jax.tree.map(lambda a: shape(a.shape, a.dtype), tree)  # noqa: E731
+    keys = shape((1,), jax.random.key(0).dtype)
+    args = model, params, place(state), keys, shape((1,), jnp.int32), shape((), jnp.int32)
+    return (
+        engine.prefill.lower(model, params, chunk, chunk, place(cache), chunk=tokens),
+        engine.decode.lower(*args, sampler=Sampler.greedy(), room=16),
+    )
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_on_a_cpu_no_cache_is_copied(expand):
+    golden = Path(__file__).parent / "goldens/qwen3.gguf"
+    model, params, _ = jaxinfer.load(golden, expand=expand)
+    # Long enough that a cache's stack is larger than anything else that a chunk of 16 tokens makes.
+    cache = jax.eval_shape(lambda: model.init_cache(params, 1, 4096))
+    for program in lowered(model, params, cache, 16):
+        check_caches_stay(program.compile().as_text(), cache)
+
+
+def qwen3_8b(sharding) -> tuple[Model, Params]:
+    """The published shape in bf16, as shapes alone."""
+    layers, d, heads, kv_heads, head, ffn, vocab = 36, 4096, 32, 8, 128, 12288, 151936
+
+    def w(*dims: int, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    def linear(out: int, into: int) -> Linear:
+        return Linear(w(layers, out, into))  # pyright: ignore[reportArgumentType]
+
+    f32 = jnp.float32
+    q, kv = heads * head, kv_heads * head
+    layer = LayerParams(
+        w(layers, d, dtype=f32),  # pyright: ignore[reportArgumentType]
+        AttentionParams(
+            linear(q, d),
+            linear(kv, d),
+            linear(kv, d),
+            linear(d, q),
+            w(layers, head, dtype=f32),
+            w(layers, head, dtype=f32),
+        ),
+        w(layers, d, dtype=f32),  # pyright: ignore[reportArgumentType]
+        MlpParams(linear(ffn, d), linear(ffn, d), linear(d, ffn)),
+    )
+    spec = AttentionSpec(
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        width=head,
+        scale=head**-0.5,
+        rope=Rope(tuple(frequencies(1e6, head)), interleaved=False),
+        eps=1e-6,
+    )
+    config = Config(
+        layers=layers,
+        width=d,
+        ffn=ffn,
+        vocab=vocab,
+        context=40960,
+        eps=1e-6,
+        attention=spec,
+        dtype=np.dtype(jnp.bfloat16),
+    )
+    params = Params(w(vocab, d), (Segment((layer,), layers),), w(d, dtype=f32), w(vocab, d), None)  # pyright: ignore
+    return Model(qwen3, config, GPU), params  # pyright: ignore[reportArgumentType]
+
+
+def check_gpu_programs(sharding) -> None:
+    model, params = qwen3_8b(sharding)
+    cache = jax.eval_shape(lambda: model.init_cache(params, 1, 2304))
+    prefill, decode = (program.compile().as_text() for program in lowered(model, params, cache, 2048, sharding))
+    check_caches_stay(prefill, cache)
+    check_caches_stay(decode, cache)
+    # The smallest weight of a layer has kv_heads * head * d elements. Nothing that decoding makes is as large, but for
+    # the caches, which are scattered into.
+    weight = 8 * 128 * 4096
+    made = [x for x in executed(decode) if x[0] not in PLACES | {"scatter"} and x[1] >= weight]
+    assert not made
+    assert len(re.findall(r"cudnn\$fmha", prefill)) == 2  # one for a first chunk, one for a later one
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("jax_cuda13_plugin") or os.environ.get("JAX_PLATFORMS") != "cpu",
+    reason="needs the wheels of the extra cuda13, and JAX_PLATFORMS=cpu where there is no GPU",
+)
+def test_compiled_for_a_gpu_that_is_not_there():
+    target = (Path(__file__).parent / "data/h200.txt").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+    check_gpu_programs(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+@pytest.mark.gpu
+def test_compiled_on_a_gpu():
+    check_gpu_programs(None)

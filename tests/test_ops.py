@@ -1,0 +1,273 @@
+"""Products against float64 for every weight type, attention against float64 for every way to look at a cache."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from jax import lax
+from models import attend, random_blocks
+
+from jaxinfer import cache, ops
+from jaxinfer.cache import KVCache
+from jaxinfer.gguf import Tensor
+from jaxinfer.quants import FORMATS, PLAIN, pack
+
+ATTENTIONS = {"reference": ops.attention_reference, "blocks": ops.attention_blocks}
+every_attention = pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+MATMULS = {"reference": ops.matmul_reference, "gpu": ops.matmul_gpu}
+every_matmul = pytest.mark.parametrize("matmul", MATMULS.values(), ids=MATMULS)
+LAYERS, OUT, INTO = 2, 5, 512
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def stack(kind: GGMLQuantizationType):
+    """A weight [LAYERS, OUT, INTO] as it is on the device, and its float64 values by gguf-py."""
+    if kind in FORMATS:
+        raw = random_blocks(kind, (LAYERS, OUT, INTO), std=INTO**-0.5)
+    else:
+        raw = quantize(normal(LAYERS, OUT, INTO, seed=1) * np.float32(INTO**-0.5), kind)
+    data = np.ascontiguousarray(raw).view(np.uint8).reshape(LAYERS, OUT, -1)
+    packed = pack([Tensor(f"blk.{i}", kind, (OUT, INTO), data[i]) for i in range(LAYERS)])
+    return jax.tree.map(jnp.asarray, packed), np.float64(dequantize(raw, kind)).reshape(LAYERS, OUT, INTO)
+
+
+def assert_sum_close(got, x, w: np.ndarray):
+    """An f32 sum of n products is off by at most n half units of the sum of their sizes, in whatever order."""
+    x = np.asarray(x, np.float64)
+    assert got.dtype == jnp.float32
+    assert (np.abs(np.float64(got) - x @ w.T) <= INTO * 2.0**-24 * (np.abs(x) @ np.abs(w).T)).all()
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *FORMATS], ids=lambda t: t.name)
+def test_products_of_every_type_read_from_a_stack_in_a_loop(kind):
+    w, values = stack(kind)
+    few, many = jnp.asarray(normal(1, 1, INTO)), jnp.asarray(normal(2, 9, INTO, seed=2))
+
+    @jax.jit
+    def products(w):
+        def body(i, out):
+            ys = [f(x, w, i) for f in MATMULS.values() for x in (few, many)]
+            return jax.tree.map(lambda all_, y: all_.at[i].set(y), out, ys)
+
+        out = [jnp.zeros((LAYERS, *x.shape[:2], OUT)) for _ in MATMULS for x in (few, many)]
+        return lax.fori_loop(0, LAYERS, body, out)
+
+    for got, x in zip(products(w), [few, many] * len(MATMULS), strict=True):
+        for layer in range(LAYERS):
+            assert_sum_close(got[layer], x, values[layer])
+
+
+@every_matmul
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q6_K"])
+def test_products_by_layer_and_alone(kind, matmul):
+    w, values = stack(GGMLQuantizationType[kind])
+    xs = [jnp.asarray(normal(b, t, INTO, seed=t)) for b, t in ((1, 1), (1, 8), (1, 9), (4, 2), (3, 3))]
+    by_layer, alone = jax.jit(lambda w, one: ([matmul(x, w, 1) for x in xs], [matmul(x, one) for x in xs]))(
+        w, jax.tree.map(lambda plane: plane[0], w)
+    )
+    for x, one, other in zip(xs, by_layer, alone, strict=True):
+        assert_sum_close(one, x, values[1])
+        assert_sum_close(other, x, values[0])
+
+
+@every_matmul
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q4_K"])
+def test_products_of_bf16_sum_in_f32(kind, matmul):
+    w, values = stack(GGMLQuantizationType[kind])
+    xs = [jnp.asarray(normal(1, t, INTO), jnp.bfloat16) for t in (1, 8, 9, 40)]
+    rounded, exact = jax.jit(lambda w: [[matmul(x, w, 1, dtype=d) for x in xs] for d in (None, jnp.float32)])(w)
+    for x, y, z in zip(xs, rounded, exact, strict=True):
+        assert (y.dtype, z.dtype) == (jnp.bfloat16, jnp.float32)
+        want = np.float64(x) @ values[1].T
+        # Rounding a weight to bf16 errs by up to 2**-8, by 2**-9 in the mean; so does rounding the result. Sums in
+        # bf16 would err by some sqrt(INTO) times as much.
+        assert np.linalg.norm(np.float64(y) - want) <= 2**-8 * np.linalg.norm(want)
+        assert np.linalg.norm(np.float64(z) - want) <= 2**-8 * np.linalg.norm(want)
+        if kind == "BF16":  # exact operands: nothing but f32 sums
+            assert_sum_close(z, x, values[1])
+
+
+def filled(held: np.ndarray, heads: int, width: int, dtype="float32", repeats: int = 2) -> KVCache:
+    """A cache whose second layer holds the positions `held` [B, S], with random keys and values even where empty."""
+    k, v = (jnp.asarray(normal(repeats, len(held), heads, held.shape[1], width, seed=s), dtype) for s in (3, 4))
+    pos = jnp.full((repeats, len(held), heads, held.shape[1]), 10**6).at[1].set(held[:, None])
+    return KVCache(k, v, pos)
+
+
+@partial(jax.jit, static_argnames=("attention", "window", "scale"))
+def run(attention, q, held: KVCache, pos, window=None, scale=0.3):
+    """On the second layer."""
+    return attention(q, held, 1, pos, scale=scale, window=window)
+
+
+def wanted(q, held: KVCache, pos, window=None, scale=0.3) -> np.ndarray:
+    b, t, *_, width = q.shape
+    out = []
+    for row in range(b):
+        k, v = (np.asarray(a[1, row], np.float64).swapaxes(0, 1) for a in (held.k, held.v))
+        slots = np.asarray(held.pos[1, row, 0])
+        age = np.asarray(pos)[row][:, None] - slots
+        seen = (slots >= 0) & (age >= 0) & (age < (window or 2**31))
+        out.append(attend(np.asarray(q[row], np.float64).reshape(t, -1, width), k, v, seen, scale))
+    return np.stack(out).reshape(q.shape)
+
+
+HELD = np.array([[8, 1, 2, 3, 4, -1, 6, 7], [-1, -1, -1, -1, -1, -1, -1, -1], [0, 9, -5, 3, 12, 5, 6, 7]])  # 3 rings
+POS = np.array([[-1, 6, 7, 8], [0, 1, 2, 3], [-1, -1, 3, 100]], np.int32)
+
+
+@every_attention
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize(("heads", "group"), [(1, 5), (3, 2)])
+def test_attention_sees_what_it_should(attention, heads, group, window):
+    held, q = filled(HELD, heads, 24), normal(3, 4, heads, group, 24)
+    got, want = np.asarray(run(attention, q, held, POS, window)), wanted(q, held, POS, window)
+    assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max()  # f32: sums of 24 and of up to 8 terms, and an exp
+    blind = ~want.any(axis=(2, 3, 4))
+    assert blind.sum() >= 7  # 3 pads, and the row whose cache is empty
+    assert not got[blind].any()  # exactly zero, and not nan
+
+
+@every_attention
+@pytest.mark.parametrize("window", [None, 200])
+def test_attention_of_many_queries_to_many_slots(attention, window):
+    """More than a tile and a block, and a multiple of neither; a ring that has wrapped, and a short row beside it."""
+    slots, t = 2 * ops.BLOCK + 88, ops.TILE + 22
+    ring, ends = np.arange(slots), (slots + 300, 170)
+    held = np.stack([ring + (ring <= 300) * slots, np.where(ring <= 170, ring, -1)])
+    pos = np.array(ends, np.int32)[:, None] + np.arange(1 - t, 1, dtype=np.int32)
+    pos[1, :40] = -1
+    cached, q = filled(held, 2, 16), normal(2, t, 2, 1, 16)
+    got, want = np.asarray(run(attention, q, cached, pos, window)), wanted(q, cached, pos, window)
+    assert np.abs(got - want).max() <= 5e-6 * np.abs(want).max()  # f32: sums of up to 600 terms
+    assert not got[1, :40].any()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 12])
+def test_blocks_that_no_query_needs_are_not_visited(window):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        held = np.full((2, 3, 22), -1, np.int32)
+        for row in range(2):  # positions up to a last one in a ring, of which each head has lost some
+            end = rng.integers(0, 60)
+            kept = np.arange(max(0, end - 21), end + 1)
+            held[row][:, kept % 22] = np.where(rng.random((3, len(kept))) < 0.5, kept, -1)
+        pos = np.maximum(rng.integers(0, 60, (2, 1)) + np.arange(-3, 1), -1).astype(np.int32)
+        order, count = ops.live_blocks(jnp.asarray(pos), jnp.asarray(held), 4, window)
+        age = pos[:, None, :, None] - held[:, :, None, :]
+        seen = (held[:, :, None, :] >= 0) & (age >= 0) & (age < (window or 99)) & (pos[:, None, :, None] >= 0)
+        needed = {int(slot) // 4 for slot in np.flatnonzero(seen.any((0, 1, 2)))}
+        visited = order[:count].tolist()
+        assert needed <= set(visited)
+        assert visited == sorted(visited)
+        used = {int(slot) // 4 for slot in np.flatnonzero((held >= 0).any((0, 1)))}
+        assert set(visited) <= used
+
+
+@every_attention
+def test_attention_in_bf16(attention):
+    held, q = filled(HELD, 2, 64, "bfloat16"), jnp.asarray(normal(3, 4, 2, 3, 64), "bfloat16")
+    got, want = np.asarray(run(attention, q, held, POS), np.float64), wanted(q, held, POS)
+    # scaled queries, weights and result are rounded to bf16, by up to 2**-8 each and by half of it in the mean
+    assert np.linalg.norm(got - want) <= 2**-7 * np.linalg.norm(want)
+
+
+@every_attention
+def test_attention_of_bf16_queries_to_an_f32_cache_has_the_queries_type(attention):
+    q = jnp.asarray(normal(3, 4, 1, 2, 24), "bfloat16")
+    assert run(attention, q, filled(HELD, 1, 24), POS).dtype == jnp.bfloat16
+
+
+@every_attention
+def test_attention_of_huge_logits(attention):
+    held, q = filled(HELD, 1, 8), normal(3, 4, 1, 2, 8) * np.float32(1e30)
+    got = np.asarray(run(attention, q, held, POS, scale=1.0))
+    assert np.isfinite(got).all()
+    want = wanted(q, held, POS, scale=1.0)  # one key takes it all: its value comes out, rounded once
+    np.testing.assert_allclose(got, want, rtol=2.0**-23)
+
+
+@every_attention
+def test_attention_to_equal_keys_is_their_mean_and_to_one_key_its_value(attention):
+    held = filled(HELD, 1, 8)
+    alike = KVCache(jnp.ones_like(held.k), held.v, held.pos)
+    got = np.asarray(run(attention, normal(3, 4, 1, 1, 8), alike, POS))
+    np.testing.assert_allclose(got[0, 3, 0, 0], np.asarray(held.v)[1, 0, 0, HELD[0] >= 0].mean(0), atol=1e-6)
+    one = np.asarray(run(attention, normal(3, 4, 1, 1, 8), held, POS, window=1))
+    np.testing.assert_allclose(one[0, 2, 0, 0], held.v[1, 0, 0, 7], rtol=2.0**-23)
+
+
+@every_attention
+def test_attention_of_a_row_depends_on_no_other_row(attention):
+    held, q = filled(HELD, 2, 24), normal(3, 4, 2, 2, 24)
+    whole = run(attention, q, held, POS)
+    for row in range(3):
+        others = np.arange(3) != row
+        changed = KVCache(
+            held.k.at[:, others].multiply(1e20), held.v.at[:, others].add(-3), held.pos.at[:, others].set(2)
+        )
+        np.testing.assert_array_equal(run(attention, q, changed, POS)[row], whole[row])
+
+
+@every_attention
+def test_attention_does_not_depend_on_the_order_of_slots(attention):
+    held, q = filled(HELD, 2, 24), normal(3, 4, 2, 2, 24)
+    order = np.random.default_rng(0).permutation(8)
+    moved = KVCache(held.k[..., order, :], held.v[..., order, :], held.pos[..., order])
+    got, want = run(attention, q, moved, POS, window=5), run(attention, q, held, POS, window=5)
+    np.testing.assert_allclose(got, want, atol=1e-6)  # sums of 8 terms of about 1, in another order
+
+
+@pytest.mark.parametrize("t", [1, ops.FEW])
+def test_cudnn_leaves_few_queries_to_the_reference(t):
+    held, q, pos = filled(HELD[:1], 2, 24), normal(1, t, 2, 2, 24), np.arange(t, dtype=np.int32)[None]
+    got, want = (run(f, q, held, pos, window=3) for f in (ops.attention_cudnn, ops.attention_reference))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_default_ops_of_a_cpu_are_its_own_whatever_the_type():
+    for dtype in ("float32", "bfloat16"):
+        assert ops.default_ops(jax.devices("cpu")[0], np.dtype(dtype)) == ops.CPU
+
+
+def written(pos: np.ndarray, slots: int) -> KVCache:
+    """A cache after writing the positions `pos` [B, T] and all before them."""
+    b, t = pos.shape
+    held = cache.empty(2, b, 2, slots, 64, jnp.bfloat16)
+    for start in range(int(pos.max()) // t + 1):
+        at = start * t + np.arange(t, dtype=np.int32)
+        at = np.where(at <= pos[:, -1:], at, -1)
+        k, v = (jnp.asarray(normal(b, t, 2, 64, seed=2 * start + s), "bfloat16") for s in (0, 1))
+        held = cache.write(held, 1, k, v, jnp.asarray(at))
+    return held
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100, 40])
+@pytest.mark.parametrize(
+    "ends",
+    [(63, 63, 63), (63, 20, 3), (20, 63, -1), (130, 127, 191), (150, 5, 64)],
+    ids=["full first chunk", "ragged first chunk", "with an empty row", "later chunk", "first and later ones"],
+)
+def test_cudnn_equals_the_reference(ends, window):
+    t = 64
+    last = np.array(ends, np.int32)[:, None]
+    first = np.array([max(0, end - t + 1) for end in ends])[:, None]  # a row's tokens end its chunk
+    pos = last - t + 1 + np.arange(t, dtype=np.int32)
+    pos = np.where(pos >= first, pos, -1).astype(np.int32)
+    held = written(pos, 256)
+    q = jnp.asarray(normal(3, t, 2, 4, 64, seed=9), "bfloat16")
+    got, want = (
+        np.asarray(run(attention, q, held, pos, window, 0.125), np.float64)
+        for attention in (ops.attention_cudnn, ops.attention_reference)
+    )
+    real = pos >= 0  # what comes out for a pad is never used
+    # both round weights and results to bf16, in another order: 2**-9 each
+    assert np.linalg.norm((got - want)[real]) <= 1e-2 * np.linalg.norm(want[real])

@@ -1,0 +1,113 @@
+"""Cutting layers into segments against brute force, and running segments against a plain loop over the layers."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxinfer.segments import Segment, cut, run
+
+
+def spelled(signatures, cuts) -> list:
+    """The layers that a cut stands for: each segment's first pattern, as often as it is repeated."""
+    out, start = [], 0
+    for length, repeats in cuts:
+        assert length >= 1
+        assert repeats >= 1
+        out += list(signatures[start : start + length]) * repeats
+        start += length * repeats
+    return out
+
+
+@cache
+def cheapest(signatures: tuple) -> tuple[int, int]:
+    """(bodies, segments) of the best cut, by trying every first segment."""
+    if not signatures:
+        return 0, 0
+    found = []
+    for length in range(1, len(signatures) + 1):
+        for repeats in range(1, len(signatures) // length + 1):
+            if signatures[: length * repeats] == signatures[:length] * repeats:
+                bodies, segments = cheapest(signatures[length * repeats :])
+                found.append((bodies + length, segments + 1))
+    return min(found)
+
+
+@given(st.lists(st.sampled_from("ab"), max_size=10) | st.lists(st.sampled_from("abc"), max_size=9))
+def test_cut_gives_the_list_with_fewest_bodies(signatures):
+    cuts = cut(signatures)
+    assert spelled(signatures, cuts) == signatures
+    assert (sum(length for length, _ in cuts), len(cuts)) == cheapest(tuple(signatures))
+
+
+@pytest.mark.parametrize(
+    ("signatures", "cuts"),
+    [
+        ("", []),
+        ("a", [(1, 1)]),
+        ("a" * 36, [(1, 36)]),
+        ("sssssf" * 8, [(6, 8)]),
+        ("sssssf" * 5 + "ssss", [(6, 5), (1, 4)]),
+        ("dddf" * 12, [(4, 12)]),
+        ("6666" + "446" * 8 + "6666", [(1, 4), (3, 8), (1, 4)]),  # Q4_K_M, 32 layers: attn_v and ffn_down in Q6_K
+        ("a" * 3 + "b" * 20, [(1, 3), (1, 20)]),
+    ],
+)
+def test_cut_finds_the_rhythms_of_models(signatures, cuts):
+    assert cut(signatures) == cuts
+
+
+def test_cut_takes_any_signatures_and_many_layers():
+    layers = [("llama", (i % 3, (4096, 4096))) for i in range(126)]
+    assert cut(layers) == [(3, 42)]
+    assert sum(length for length, _ in cut(list(range(126)))) == 126
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_run_is_a_loop_over_the_layers_in_order_and_holds_each_body_once(jit):
+    rng = np.random.default_rng(0)
+    pattern = [(2, 3), (1, 1), (1, 4)]  # 3 times two layers, one, 4 times one
+    layers, segments, caches = [], [], []
+    for length, repeats in pattern:
+        stacks = rng.standard_normal((length, repeats, 5)).astype(np.float32)
+        layers += [stacks[j, r] for r in range(repeats) for j in range(length)]
+        segments.append(Segment(tuple(jnp.asarray(s) for s in stacks), repeats))
+        caches.append(tuple(jnp.zeros((repeats, 5)) for _ in stacks))
+    traced = []
+
+    def step(w, i, x, held):
+        traced.append(w.shape)
+        x = jnp.sin(x * 1.5 + w[i])  # the order of layers matters
+        return x, held.at[i].add(x)
+
+    def both(segments, caches, x):
+        return run(segments, caches, x, step)
+
+    x = jnp.linspace(-1, 1, 5)
+    got, held = (jax.jit(both) if jit else both)(segments, caches, x)
+    want, each = np.linspace(-1, 1, 5), []
+    for w in layers:
+        want = np.sin(want * 1.5 + w.astype(np.float64))
+        each.append(want)
+    np.testing.assert_allclose(got, want, atol=1e-4)  # f32 rounding, 1.5 times larger by each of 11 layers at most
+    assert len(traced) == 4
+    assert isinstance(held, tuple)
+    assert [len(one) for one in held] == [2, 1, 1]
+    start = 0
+    for (length, repeats), new in zip(pattern, held, strict=True):
+        for j in range(length):
+            rows = each[start + j : start + length * repeats : length]
+            np.testing.assert_allclose(new[j], rows, atol=1e-4)
+        start += length * repeats
+
+
+def test_run_carries_any_pytree_and_wants_a_cache_for_every_segment():
+    segment = Segment((jnp.arange(4.0),), 4)
+    x, caches = run([segment], [(None,)], {"sum": jnp.float32(0)}, lambda w, i, x, c: ({"sum": x["sum"] + w[i]}, c))
+    assert (float(x["sum"]), caches) == (6.0, ((None,),))
+    with pytest.raises(ValueError, match="zip"):
+        run([segment], [], x, lambda w, i, x, c: (x, c))

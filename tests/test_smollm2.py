@@ -1,0 +1,67 @@
+"""The real model of the quickstart, as its run file names it, against llama.cpp with the weights dequantised to F32."""
+
+import json
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxinfer
+from jaxinfer import Sampler
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/goldens/SmolLM2-135M-Instruct.Q4_1"
+
+
+@cache
+def load(expand: bool | None = None):
+    run = tomllib.loads((ROOT / "configs/quickstart.toml").read_text())
+    return jaxinfer.load(run["model"], sha256=run["sha256"], expand=expand)
+
+
+@pytest.fixture
+def loaded():
+    return load(expand=False)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(f"{GOLDEN}.npz"), json.loads(Path(f"{GOLDEN}.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "expand"), [("short", None), ("chat", False), ("long", False)])
+def test_logits_likelihood_and_greedy_tokens(golden, name, expand):
+    arrays, _ = golden
+    loaded = load(expand)
+    tokens = arrays[f"{name}_tokens"].tolist()
+    logits = jaxinfer.score(loaded.model, loaded.params, tokens)
+    best = logits[-1, arrays[f"{name}_dequant_top50_ids"]]
+    # A hundred times llama.cpp's own float noise on this model, 5e-5 in a logit.
+    np.testing.assert_allclose(best, arrays[f"{name}_dequant_top50_logits"], rtol=0, atol=5e-3)
+    logits = logits[:-1].astype(np.float64)
+    top = logits.max(axis=1)
+    nll = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top - logits[range(len(tokens) - 1), tokens[1:]]
+    np.testing.assert_allclose(nll.sum(), arrays[f"{name}_dequant_nll_sum"], rtol=0, atol=0.02)
+    pieces = jaxinfer.stream(*loaded, tokens, max_tokens=64, ignore_eos=True, sampler=Sampler.greedy())
+    assert arrays[f"{name}_dequant_greedy_margins"].min() > 0.01  # far above the noise, so the tokens are determined
+    assert [p.token for p in pieces] == arrays[f"{name}_dequant_greedy_tokens"].tolist()
+
+
+def test_text_and_chat_messages_become_the_golden_tokens(loaded, golden):
+    arrays, facts = golden
+    for name in ("short", "long"):
+        text = facts["prompts"][name]["text"]
+        assert loaded.tokenizer.encode(text, parse_special=True) == arrays[f"{name}_tokens"].tolist()
+    assert loaded.tokenizer.chat(facts["chat_messages"]) == arrays["chat_tokens"].tolist()
+
+
+def test_it_answers_in_english(loaded):
+    text = jaxinfer.generate(
+        *loaded,
+        [{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=20,
+        sampler=Sampler.greedy(),
+    )
+    assert "Paris" in text
