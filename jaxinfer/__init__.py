@@ -1,13 +1,17 @@
 """LLM inference from GGUF files as pure JAX functions."""
 
-from jaxinfer.engine import State, decode, left_pad, prefill
+from jaxinfer.engine import State, decode, left_pad, prefill, start
 from jaxinfer.generate import Piece, Stats, generate, score, stream
 from jaxinfer.loader import Loaded, Model, load
-from jaxinfer.ops import REFERENCE, Ops
+from jaxinfer.ops import CPU, GPU, REFERENCE, Ops
 from jaxinfer.sample import Sampler
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 
+init_cache = Model.init_cache
+
 __all__ = [
+    "CPU",
+    "GPU",
     "REFERENCE",
     "Loaded",
     "Model",
@@ -19,10 +23,12 @@ __all__ = [
     "Tokenizer",
     "decode",
     "generate",
+    "init_cache",
     "left_pad",
     "load",
     "load_tokenizer",
     "prefill",
     "score",
+    "start",
     "stream",
 ]

@@ -7,6 +7,7 @@ body. The weights of a segment are stacked along the repeats and the loop indexe
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
 from jax import lax
 
 from jaxinfer.tree import Index, pytree, static
@@ -55,6 +56,8 @@ def run[X](
     step: Callable[[Any, Index, X, Any], tuple[X, Any]],
 ) -> tuple[X, tuple[tuple[Any, ...], ...]]:
     """Passes x through all layers in order: (x, cache) = step(layer's params, index in its stack, x, its cache)."""
+    # Layers that are not stacked are traced once a signature all the same; the plain index leaves no slice behind.
+    alone = jax.jit(lambda params, x, one: step(params, 0, x, one))
     done = []
     for segment, cache in zip(segments, caches, strict=True):
 
@@ -62,11 +65,10 @@ def run[X](
             x, held = carry
             new = []
             for params, one in zip(segment.layers, held, strict=True):
-                x, one = step(params, repeat, x, one)
+                x, one = alone(params, x, one) if segment.repeats == 1 else step(params, repeat, x, one)
                 new.append(one)
             return x, tuple(new)
 
-        one_pass = segment.repeats == 1  # a plain number as the index leaves no slice in the program
-        x, cache = body(0, (x, cache)) if one_pass else lax.fori_loop(0, segment.repeats, body, (x, cache))
+        x, cache = body(0, (x, cache)) if segment.repeats == 1 else lax.fori_loop(0, segment.repeats, body, (x, cache))
         done.append(cache)
     return x, tuple(done)

@@ -1,5 +1,6 @@
 """Each layer against float64 numpy. Single products are exact to f32 rounding, so the bounds are a few of its units."""
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,6 +71,10 @@ FORMS = {
         lambda: yarn_frequencies(10000.0, 22, YARN, np.arange(1, 12)),
         Spec(head=64, rotated=22, scaling=YARN_KEYS, divisors=tuple(range(1, 12))),
     ),
+    "yarn, ramp beyond the last pair": (
+        lambda: yarn_frequencies(20.0, 64, dataclasses.replace(YARN, original_context=3000)),
+        Spec(head=64, base=20.0, scaling=YARN_KEYS | {"original_context_length": 3000}),
+    ),
 }
 
 
@@ -84,7 +89,7 @@ def test_llama3_divisors_have_all_three_bands():
 def test_rope(form, interleaved):
     make, spec = FORMS[form]
     theta, (want_theta, want_magnitude) = make(), angles(spec)
-    magnitude = yarn_magnitude(YARN) if spec.scaling is YARN_KEYS else 1.0
+    magnitude = yarn_magnitude(YARN) if form.startswith("yarn") else 1.0
     np.testing.assert_allclose(theta, want_theta, rtol=1e-14)  # both in float64
     assert magnitude == pytest.approx(want_magnitude, rel=1e-15)
     pos = np.array([[0, 1, 2, 511], [4096, 32768, 99999, 100000]], np.int32)

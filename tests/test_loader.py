@@ -273,7 +273,7 @@ def test_a_tied_head_is_no_second_weight(path):
 
 def test_packed_and_expanded_weights_give_the_same_logits(path):
     tensors = save(path, keys(WIDE), weights(WIDE), Q4_K_M)
-    packed, wide = (jaxinfer.load(path, expand=expand) for expand in (False, True))
+    packed, wide = (jaxinfer.load(path, expand=expand, dtype="float32") for expand in (False, True))
     assert any(isinstance(w, Packed) for w in jax.tree.leaves(packed.params, is_leaf=lambda w: isinstance(w, Packed)))
     np.testing.assert_array_equal(wide.params.layers[0].layers[1].ffn.down.weight[0], tensors["blk.1.ffn_down.weight"])
     one, other = (jaxinfer.score(*m[:2], [3, 1, 4, 1, 5, 9], chunk=16) for m in (packed, wide))
@@ -323,7 +323,7 @@ def test_a_file_with_vocabulary_has_one(path):
 
 def test_types_operations_and_device_are_as_asked(path):
     save(path, keys(TINY), weights(TINY))
-    plain, again = jaxinfer.load(path), jaxinfer.load(path)
+    plain, again = (jaxinfer.load(path, dtype=dtype) for dtype in ("float32", np.float32))
     assert plain.model == again.model  # one static argument, one compilation
     assert hash(plain.model) == hash(again.model)
     assert plain.model.config.dtype == np.float32

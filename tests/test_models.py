@@ -27,7 +27,7 @@ CASES = {
 
 
 def check(path, stored, spec):
-    model, params, _ = jaxinfer.load(path)
+    model, params, _ = jaxinfer.load(path, dtype="float32")
     for length in (1, 2, 31):
         ids = np.random.default_rng(length).integers(0, spec.vocab, length).tolist()
         got, want = jaxinfer.score(model, params, ids, chunk=16), forward(spec, stored, ids)

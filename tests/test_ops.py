@@ -153,12 +153,12 @@ def test_attention_of_many_queries_to_many_slots(attention, window):
 @pytest.mark.parametrize("window", [None, 1, 5, 12])
 def test_blocks_that_no_query_needs_are_not_visited(window):
     rng = np.random.default_rng(0)
-    for _ in range(20):
+    for share in np.repeat([0.5, 0.05], 30):
         held = np.full((2, 3, 22), -1, np.int32)
         for row in range(2):  # positions up to a last one in a ring, of which each head has lost some
             end = rng.integers(0, 60)
             kept = np.arange(max(0, end - 21), end + 1)
-            held[row][:, kept % 22] = np.where(rng.random((3, len(kept))) < 0.5, kept, -1)
+            held[row][:, kept % 22] = np.where(rng.random((3, len(kept))) < share, kept, -1)
         pos = np.maximum(rng.integers(0, 60, (2, 1)) + np.arange(-3, 1), -1).astype(np.int32)
         order, count = ops.live_blocks(jnp.asarray(pos), jnp.asarray(held), 4, window)
         age = pos[:, None, :, None] - held[:, :, None, :]
@@ -271,3 +271,14 @@ def test_cudnn_equals_the_reference(ends, window):
     real = pos >= 0  # what comes out for a pad is never used
     # both round weights and results to bf16, in another order: 2**-9 each
     assert np.linalg.norm((got - want)[real]) <= 1e-2 * np.linalg.norm(want[real])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [10, 24, 320])
+def test_a_gpu_takes_heads_of_any_width(width):
+    """Also those that cuDNN does not: not multiples of 8, or wider than 256."""
+    held, pos = filled(np.arange(16)[None], 2, width, "bfloat16"), np.arange(16, dtype=np.int32)[None]
+    q = jnp.asarray(normal(1, 16, 2, 3, width), "bfloat16")
+    attention = ops.default_ops(jax.devices("gpu")[0], np.dtype(jnp.bfloat16)).attention
+    got, want = (np.asarray(run(f, q, held, pos), np.float64) for f in (attention, ops.attention_reference))
+    assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)  # as above

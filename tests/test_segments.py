@@ -80,7 +80,7 @@ def test_run_is_a_loop_over_the_layers_in_order_and_holds_each_body_once(jit):
     traced = []
 
     def step(w, i, x, held):
-        traced.append(w.shape)
+        traced.append(isinstance(i, int))
         x = jnp.sin(x * 1.5 + w[i])  # the order of layers matters
         return x, held.at[i].add(x)
 
@@ -94,7 +94,7 @@ def test_run_is_a_loop_over_the_layers_in_order_and_holds_each_body_once(jit):
         want = np.sin(want * 1.5 + w.astype(np.float64))
         each.append(want)
     np.testing.assert_allclose(got, want, atol=1e-4)  # f32 rounding, 1.5 times larger by each of 11 layers at most
-    assert len(traced) == 4
+    assert traced == [False, False, True, False]  # a plain number where there is nothing to loop over
     assert isinstance(held, tuple)
     assert [len(one) for one in held] == [2, 1, 1]
     start = 0
@@ -111,3 +111,15 @@ def test_run_carries_any_pytree_and_wants_a_cache_for_every_segment():
     assert (float(x["sum"]), caches) == (6.0, ((None,),))
     with pytest.raises(ValueError, match="zip"):
         run([segment], [], x, lambda w, i, x, c: (x, c))
+
+
+def test_layers_that_are_not_stacked_are_traced_once_a_signature():
+    traced = []
+
+    def step(w, i, x, held):
+        traced.append(w.shape)
+        return x * w[i, :2], held
+
+    layers = tuple(jnp.full((1, n), value) for n, value in ((2, 2.0), (3, 3.0), (2, 5.0), (3, 7.0)))
+    x, _ = jax.jit(lambda s, x: run(s, [(None,) * 4], x, step))([Segment(layers, 1)], jnp.ones(2))
+    assert (x.tolist(), traced) == ([210, 210], [(1, 2), (1, 3)])
