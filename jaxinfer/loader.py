@@ -21,9 +21,11 @@ from jaxtyping import Array, Float, Int
 from jaxinfer import gguf, hub, models, segments
 from jaxinfer.metadata import Metadata
 from jaxinfer.ops import Ops, default_ops
-from jaxinfer.quants import Weight, dense, pack
+from jaxinfer.quants import FORMATS, PLAIN, Weight, dense, pack
 from jaxinfer.tokenizer import Tokenizer, from_metadata
 from jaxinfer.tree import Device
+
+MOST_FAULTS = 100  # that one message lists
 
 type Progress = Callable[[int, int], None]  # (done, total), in bytes while loading
 
@@ -49,7 +51,7 @@ class Model:
 
     def init_cache(self, params: Any, batch: int, slots: int, dtype: DTypeLike | None = None) -> Any:
         """An empty cache for `batch` rows of `slots` positions, of the activations' type unless told."""
-        return self.arch.init_cache(params, batch, slots, self.config, dtype or self.config.dtype)
+        return self.arch.init_cache(params, batch, slots, self.config, jnp.dtype(dtype or self.config.dtype))
 
     def forward(
         self, params: Any, tokens: Int[Array, "B T"], pos: Int[Array, "B T"], cache: Any
@@ -103,20 +105,25 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._file.tensors
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that a configuration depends on."""
-        if name not in self._file.tensors:
-            raise ValueError(f"{self._file.path}: the file has no tensor {name}")
-        return self._file.tensors[name].shape
+    def length(self, name: str) -> int:
+        """Rows of a tensor that a configuration depends on; 1 where it is missing, which taking it reports."""
+        return self._file.tensors[name].shape[0] if name in self else 1
 
     def __call__(self, name: str, *shape: int) -> Any:
         """Takes a tensor; a missing or misshapen one is noted, and `finish` reports all of them together."""
         tensor = self._left.pop(name, None)
+        if tensor and len(shape) == 1 and math.prod(tensor.shape) == max(tensor.shape):  # a vector stored as [1, n]
+            tensor = tensor._replace(shape=(max(tensor.shape),), data=tensor.data.reshape(-1))
+        known = PLAIN if len(shape) == 1 else PLAIN | FORMATS
         if tensor is None:
             self._faults.append(f"{name} {list(shape)} is missing")
             tensor = gguf.Tensor(name, GGMLQuantizationType.F32, shape, np.empty((*shape[:-1], 0), np.uint8))
         elif tensor.shape != shape:
             self._faults.append(f"{name} has the shape {list(tensor.shape)}, not {list(shape)}")
+        elif tensor.type not in known:
+            self._faults.append(
+                f"{name} has the type {tensor.type.name}, not one of {', '.join(t.name for t in known)}"
+            )
         return Source((tensor,), False)
 
     def optional(self, name: str, *shape: int) -> Any:
@@ -135,14 +142,19 @@ class Weights:
     def rows(self, name: str, shape: Sequence[int], parts: Sequence[int]) -> list[Any]:
         """Takes a tensor whose rows are several weights one after another, such as a fused QKV."""
         whole = self(name, *shape).tensors[0]
-        starts = [sum(parts[:i]) for i in range(len(parts))]
+        unit = len(whole.data) // whole.shape[0]  # 1, but for a vector, whose data are the bytes of one row
+        ends = np.cumsum(parts)
         return [
-            Source((whole._replace(shape=(n, *whole.shape[1:]), data=whole.data[start : start + n]),), False)
-            for start, n in zip(starts, parts, strict=True)
+            Source(
+                (whole._replace(shape=(n, *whole.shape[1:]), data=whole.data[(end - n) * unit : end * unit]),), False
+            )
+            for n, end in zip(parts, ends.tolist(), strict=True)
         ]
 
     def segments(self, layers: Sequence[Any]) -> tuple[segments.Segment, ...]:
         """Cuts per-layer parameters into segments of stacked ones; one segment of all layers if unrolled."""
+        if self._faults:
+            return ()  # `finish` refuses the file
         trees = [jax.tree.flatten(layer, is_leaf=_is_source) for layer in layers]
         signatures = [(tree, tuple((s.tensors[0].type, s.tensors[0].shape) for s in leaves)) for leaves, tree in trees]
         start, out = 0, []
@@ -155,7 +167,9 @@ class Weights:
     def finish(self) -> None:
         faults = self._faults + [f"{name} is not known" for name in self._left]
         if faults:
-            raise ValueError(f"{self._file.path}: the tensors do not fit the architecture: " + "; ".join(faults))
+            more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
+            shown = "; ".join(faults[:MOST_FAULTS])
+            raise ValueError(f"{self._file.path}: the tensors do not fit the architecture: {shown}{more}")
 
 
 def _is_source(x: Any) -> bool:

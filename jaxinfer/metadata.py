@@ -1,6 +1,7 @@
 """A file's metadata, read key by key with the rule that each value must meet."""
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ class Metadata:
         return value
 
     def wrong(self, key: str, value: Any, rule: str) -> ValueError:
-        return ValueError(f"{self.path}: {self.architecture}.{key} is {value!r}, but must be {rule}")
+        return ValueError(f"{self.path}: {self.architecture}.{key} is {reprlib.repr(value)}, but must be {rule}")
 
     def whole(self, key: str, default: Any = _REQUIRED, *, least: int = 1, most: int = 2**31 - 1) -> int:
         """A whole number. An array, one entry a layer, is taken where all its entries agree."""
@@ -59,8 +60,8 @@ class Metadata:
     def refuse(self, key: str, *harmless: Any) -> None:
         """Fails if a key switches on something that is not supported: it has another value than the harmless ones."""
         value = self.get(key, None)
-        if value is not None and value not in harmless:
-            raise ValueError(f"{self.path}: {self.architecture}.{key} = {value!r} is not supported")
+        if value is not None and (isinstance(value, np.ndarray) or value not in harmless):
+            raise ValueError(f"{self.path}: {self.architecture}.{key} = {reprlib.repr(value)} is not supported")
 
     def unread(self) -> list[str]:
         """The keys under the architecture's prefix that nothing has asked for."""

@@ -12,6 +12,8 @@ from jax import lax
 
 from jaxinfer.tree import Index, pytree, static
 
+LONGEST = 18  # layers of a pattern: published ones have at most 6, and a rhythm of 3 in their weight types
+
 
 @pytree
 class Segment:
@@ -24,18 +26,20 @@ def cut(signatures: Sequence[Hashable]) -> list[tuple[int, int]]:
 
     Among equal cuts the one with the fewest segments is taken.
     """
-    n = len(signatures)
+    numbers: dict[Hashable, int] = {}
+    kinds = [numbers.setdefault(s, len(numbers)) for s in signatures]
+    n = len(kinds)
     best: list[tuple[int, int]] = [(0, 0)]  # of the first i layers: (bodies, segments)
     last: list[tuple[int, int]] = [(0, 0)]  # the segment that ends there
     for end in range(1, n + 1):
         options = []
-        for length in range(1, end + 1):
+        for length in range(1, min(end, LONGEST) + 1):
             repeats = 1
             while True:
                 bodies, segments = best[end - repeats * length]
                 options.append(((bodies + length, segments + 1), (length, repeats)))
                 start = end - (repeats + 1) * length
-                if start < 0 or signatures[start : start + length] != signatures[end - length : end]:
+                if start < 0 or kinds[start : start + length] != kinds[end - length : end]:
                     break
                 repeats += 1
         cost, segment = min(options)

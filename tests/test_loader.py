@@ -5,6 +5,7 @@ import re
 import tracemalloc
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,10 +152,24 @@ def test_missing_left_over_and_misshapen_tensors_are_named_together(path):
     assert message.count(";") == 6  # and nothing else
 
 
-@pytest.mark.parametrize("change", ["no embedding", "embedding of one axis", "no tensors"])
+def test_more_layers_than_tensors(path):
+    save(path, keys(TINY), {"rope_freqs.weight": np.ones(2, np.float32)})
+    refused(path, "block_count is 2")
+
+
+def test_a_vector_may_be_stored_as_a_matrix_of_one_row(path):
+    tensors = weights(TINY)
+    save(path, keys(TINY), tensors)
+    want = jaxinfer.load(path, expand=False)
+    save(path, keys(TINY), tensors | {name: v[None] for name, v in tensors.items() if v.ndim == 1})
+    got = jaxinfer.load(path, expand=False)
+    chex.assert_trees_all_equal(got.params, want.params)
+
+
+@pytest.mark.parametrize("change", ["no embedding", "embedding of one axis"])
 def test_an_embedding_that_is_none(path, change):
-    tensors = weights(TINY) if change != "no tensors" else {"rope_freqs.weight": np.ones(2, np.float32)}
-    tensors.pop("token_embd.weight", None)
+    tensors = weights(TINY)
+    tensors.pop("token_embd.weight")
     if change == "embedding of one axis":
         tensors["token_embd.weight"] = np.zeros(88, np.float32)
     save(path, keys(TINY), tensors)
@@ -166,7 +181,7 @@ def test_an_embedding_that_is_none(path, change):
 def test_an_unsupported_tensor_type_lists_the_supported(path, name, expand):
     save(path, keys(WIDE), weights(WIDE), {name: Type.TQ1_0})
     for read in (jaxinfer.load, loader.describe):
-        with pytest.raises(ValueError, match="supported types: F32, F16, BF16, Q4_0, ") as error:
+        with pytest.raises(ValueError, match="has the type TQ1_0, not one of F32, F16, BF16") as error:
             read(path, expand=expand)
         assert path in str(error.value)
         assert name in str(error.value)

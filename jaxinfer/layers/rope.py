@@ -51,7 +51,7 @@ def yarn_frequencies(base: float, width: int, yarn: Yarn, divisors: np.ndarray |
 
 def yarn_magnitude(yarn: Yarn) -> float:
     """The factor on cos and sin that keeps attention's temperature (arXiv:2309.00071, equation 22)."""
-    return yarn.attn_factor * (1 + 0.1 * math.log(yarn.factor))
+    return yarn.attn_factor * (1 + 0.1 * math.log(max(1.0, yarn.factor)))
 
 
 def rope(x: Float[Array, "B T *heads H"], pos: Int[Array, "B T"], spec: Rope) -> Float[Array, "B T *heads H"]:

@@ -71,7 +71,7 @@ def load_decoder(
     if metadata.whole("attention.value_length", head) != head:
         raise metadata.wrong("attention.value_length", metadata.get("attention.value_length"), f"key_length, {head}")
     eps = metadata.number("attention.layer_norm_rms_epsilon")
-    vocab = weights.shape("token_embd.weight")[0]
+    vocab = weights.length("token_embd.weight")
     metadata.get("vocab_size", None)
     config = Config(
         layers=metadata.whole("block_count", most=len(weights)),
@@ -107,7 +107,7 @@ def rope_of(metadata: Metadata, weights: Weights, head: int, *, interleaved: boo
     base = metadata.number("rope.freq_base", 10000.0)
     divisors = weights.values("rope_freqs.weight", width // 2)
     kind = metadata.text("rope.scaling.type", "linear")
-    factor = metadata.number("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0) or 1.0)
+    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
     original = metadata.whole("rope.scaling.original_context_length", metadata.whole("context_length"))
     attn_factor = metadata.number("rope.scaling.attn_factor", 1.0)
     metadata.get("rope.scaling.finetuned", None)
@@ -117,6 +117,8 @@ def rope_of(metadata: Metadata, weights: Weights, head: int, *, interleaved: boo
         case "linear":
             return Rope(tuple(frequencies(base, width, factor, divisors)), interleaved, attn_factor)
         case "yarn":
+            if base <= 1:
+                raise metadata.wrong("rope.freq_base", base, "above 1 for yarn")
             yarn = Yarn(factor, original, attn_factor)
             return Rope(tuple(yarn_frequencies(base, width, yarn, divisors)), interleaved, yarn_magnitude(yarn))
     raise metadata.wrong("rope.scaling.type", kind, "none, linear or yarn")
