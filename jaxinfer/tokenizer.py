@@ -139,9 +139,9 @@ class Tokenizer:
             return text.encode()
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of whole sequences of ids, without the space that `encode` put before it; see `piece` for the rest.
+        """The text of whole sequences of ids, without what `encode` puts around it: decoding undoes encoding.
 
-        Bytes that are not UTF-8 become U+FFFD.
+        Control tokens give no text if they are skipped, else their own. Bytes that are not UTF-8 become U+FFFD.
         """
         text = b"".join(self.piece(i, skip_special) for i in ids).decode(errors="replace")
         return text[1:] if self.space_prefix and text.startswith(" ") else text
