@@ -12,18 +12,19 @@ class KVCache:
     """Keys and values of one layer of a segment's pattern, behind the segment's repeats.
 
     Position p of a row lives in slot p % S: a full cache is a ring that never wraps. A slot whose `pos` is negative is
-    empty; positions are kept per head because an eviction policy may keep different ones in each.
+    empty. Positions are the same for all heads (P = 1), or each head has its own (P = K), as eviction may leave them.
     """
 
     k: Float[Array, "R B K S H"]
     v: Float[Array, "R B K S H"]
-    pos: Int[Array, "R B K S"]
+    pos: Int[Array, "R B P S"]
 
 
 def empty(repeats: int, batch: int, kv_heads: int, slots: int, width: int, dtype: DTypeLike) -> KVCache:
     """A cache that holds nothing. k and v are buffers of their own, so that both can be donated."""
-    shape = (repeats, batch, kv_heads, slots)
-    return KVCache(jnp.zeros((*shape, width), dtype), jnp.zeros((*shape, width), dtype), jnp.full(shape, -1, jnp.int32))
+    shape = (repeats, batch, kv_heads, slots, width)
+    pos = jnp.full((repeats, batch, 1, slots), -1, jnp.int32)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
 
 
 def write(
@@ -33,17 +34,17 @@ def write(
 
     A call's positions must be distinct modulo S within a row: at most S tokens, and no two a ring's length apart.
     """
-    kv_heads, slots = cache.k.shape[2:4]
+    slots = cache.k.shape[3]
     # -1 % S would be a live slot, and JAX counts negative indices from the end: pads get indices out of range, each
     # its own so that the indices stay unique.
     dropped = slots + jnp.arange(pos.shape[1], dtype=pos.dtype)
     slot = jnp.where(pos < 0, dropped, pos % slots)[..., None]
     row = jnp.arange(pos.shape[0])[:, None, None]
-    head = jnp.arange(kv_heads)
     # Every axis before the last is indexed: with a slice among them XLA transposes the whole stack to scatter into it.
 
     def put(stack: Array, new: Array) -> Array:
+        head = jnp.arange(stack.shape[2])
         return stack.at[layer, row, head, slot].set(new.astype(stack.dtype), mode="drop", unique_indices=True)
 
-    held = jnp.broadcast_to(pos[..., None], k.shape[:3])
+    held = jnp.broadcast_to(pos[..., None], (*pos.shape, cache.pos.shape[2]))
     return KVCache(put(cache.k, k), put(cache.v, v), put(cache.pos, held))

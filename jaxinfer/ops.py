@@ -65,7 +65,7 @@ def attention_reference(
     return (o.reshape(b, kv_heads, group, t, width) / total).transpose(0, 3, 1, 2, 4).astype(q.dtype)
 
 
-def visible(pos: Int[Array, "B T"], held: Int[Array, "B K S"], window: int | None) -> Bool[Array, "B K T S"]:
+def visible(pos: Int[Array, "B T"], held: Int[Array, "B P S"], window: int | None) -> Bool[Array, "B P T S"]:
     """Which cached positions a query sees: those of tokens, up to its own, within the window."""
     age = pos[:, None, :, None] - held[:, :, None, :]
     seen = (held[:, :, None, :] >= 0) & (age >= 0)
@@ -139,7 +139,7 @@ def _attend_tile(
 
 
 def live_blocks(
-    pos: Int[Array, "B T"], held: Int[Array, "B K S"], block: int, window: int | None
+    pos: Int[Array, "B T"], held: Int[Array, "B P S"], block: int, window: int | None
 ) -> tuple[Int[Array, " n"], Int[Array, ""]]:
     """Blocks of slots that hold a position which some query may see, in order, before the others; and how many."""
     far = jnp.iinfo(jnp.int32).max
@@ -203,7 +203,9 @@ def attention_cudnn(
 
     def later(_: None) -> Array:
         bias = jnp.where(visible(pos, at(cache.pos, layer), window), 0.0, -jnp.inf).astype(q.dtype)
-        return attend(heads, swapped(cache.k), swapped(cache.v), bias=jnp.repeat(bias, group, axis=1))
+        if bias.shape[1] > 1:
+            bias = jnp.repeat(bias, group, axis=1)
+        return attend(heads, swapped(cache.k), swapped(cache.v), bias=bias)
 
     def swapped(stack: Array) -> Array:
         # cuDNN wants [B, S, K, H]. Without the constraint XLA gives the whole stack that order, and copies it to do so.

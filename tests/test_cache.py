@@ -43,7 +43,7 @@ def check(cache: KVCache, layer: int, rows: list[list[int]]):
 
 def test_empty():
     cache = empty(2, 3, 4, 5, 6, jnp.bfloat16)
-    assert (cache.k.shape, cache.v.shape, cache.pos.shape) == ((2, 3, 4, 5, 6), (2, 3, 4, 5, 6), (2, 3, 4, 5))
+    assert (cache.k.shape, cache.v.shape, cache.pos.shape) == ((2, 3, 4, 5, 6), (2, 3, 4, 5, 6), (2, 3, 1, 5))
     assert (cache.k.dtype, cache.v.dtype, cache.pos.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.int32)
     assert (np.asarray(cache.pos) < 0).all()
 
@@ -55,6 +55,15 @@ def test_write_touches_its_slots_alone():
         check(cache, other, [[], []])
     cache = put(cache, 1, np.array([[3, 4, 5, 6], [-1, 1, 2, 3]]))
     check(cache, 1, [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3]])
+
+
+def test_heads_may_have_positions_of_their_own():
+    cache = empty(1, 1, 2, 4, 3, jnp.float32)
+    apart = KVCache(cache.k, cache.v, jnp.repeat(cache.pos, 2, axis=2))
+    pos = np.array([[-1, 0, 1, 2]])
+    shared, apart = put(cache, 0, pos), put(apart, 0, pos)
+    np.testing.assert_array_equal(apart.k, shared.k)
+    np.testing.assert_array_equal(apart.pos[0, 0], [[0, 1, 2, -1]] * 2)
 
 
 def test_write_rounds_to_the_caches_type():

@@ -1,5 +1,6 @@
 """Products against float64 for every weight type, attention against float64 for every way to look at a cache."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -250,19 +251,21 @@ def written(pos: np.ndarray, slots: int) -> KVCache:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 100, 40])
+@pytest.mark.parametrize(("window", "positions_of"), [(None, 1), (100, 1), (40, 1), (None, 2), (40, 2)])
 @pytest.mark.parametrize(
     "ends",
     [(63, 63, 63), (63, 20, 3), (20, 63, -1), (130, 127, 191), (150, 5, 64)],
     ids=["full first chunk", "ragged first chunk", "with an empty row", "later chunk", "first and later ones"],
 )
-def test_cudnn_equals_the_reference(ends, window):
+def test_cudnn_equals_the_reference(ends, window, positions_of):
+    """With positions that both heads share, and with positions of their own."""
     t = 64
     last = np.array(ends, np.int32)[:, None]
     first = np.array([max(0, end - t + 1) for end in ends])[:, None]  # a row's tokens end its chunk
     pos = last - t + 1 + np.arange(t, dtype=np.int32)
     pos = np.where(pos >= first, pos, -1).astype(np.int32)
     held = written(pos, 256)
+    held = dataclasses.replace(held, pos=jnp.repeat(held.pos, positions_of, axis=2))
     q = jnp.asarray(normal(3, t, 2, 4, 64, seed=9), "bfloat16")
     got, want = (
         np.asarray(run(attention, q, held, pos, window, 0.125), np.float64)
