@@ -58,10 +58,10 @@ def test_write_touches_its_slots_alone():
 
 
 def test_heads_may_have_positions_of_their_own():
-    cache = empty(1, 1, 2, 4, 3, jnp.float32)
-    apart = KVCache(cache.k, cache.v, jnp.repeat(cache.pos, 2, axis=2))
+    shared, other = (empty(1, 1, 2, 4, 3, jnp.float32) for _ in range(2))
+    apart = KVCache(other.k, other.v, jnp.repeat(other.pos, 2, axis=2))
     pos = np.array([[-1, 0, 1, 2]])
-    shared, apart = put(cache, 0, pos), put(apart, 0, pos)
+    shared, apart = put(shared, 0, pos), put(apart, 0, pos)
     np.testing.assert_array_equal(apart.k, shared.k)
     np.testing.assert_array_equal(apart.pos[0, 0], [[0, 1, 2, -1]] * 2)
 
