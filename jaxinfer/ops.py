@@ -183,8 +183,8 @@ def attention_cudnn(
 ) -> Float[Array, "B T K G H"]:
     """The reference's attention through cuDNN's fused kernel, for chunks; few queries take the reference.
 
-    A first chunk, whose keys are all its own, is plain causal attention; a later one needs the mask as a bias, which
-    costs four times as much. Operands must be bf16 or f16, see `default_ops`; heads that cuDNN does not know, wider
+    A first chunk, whose keys are all its own, is plain causal attention; a later one needs the mask as a bias, and
+    visits every slot. Operands must be bf16 or f16, see `default_ops`; heads that cuDNN does not know, wider
     than 256 or no multiple of 8, take the reference. A row's tokens must be consecutive and end the chunk, as
     `left_pad` lays them.
     """
