@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import engine, gguf
-from jaxinfer.generate import SLOTS, device_of, plan
+from jaxinfer.generate import device_of, plan
 from jaxinfer.info import parameters, size_bytes, title
 from jaxinfer.loader import Model
 from jaxinfer.sample import Sampler
@@ -81,7 +81,7 @@ def measure(
             _, state = engine.decode(model, params, state, keys, stops, limit, sampler=sampler, room=burst)
         return state.logits, state.cache
 
-    cache = model.init_cache(params, 1, -(-(test.depth + test.prompt + test.new) // SLOTS) * SLOTS)
+    cache = model.init_cache(params, 1, engine.slots_for(test.depth + test.prompt + test.new))
     logits, took = jnp.zeros((1, vocab)), []
     if before:
         logits, cache = jax.block_until_ready(prefill(before, 0, cache))

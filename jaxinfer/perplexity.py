@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxinfer import engine
-from jaxinfer.generate import SLOTS, encode
+from jaxinfer.generate import encode
 from jaxinfer.loader import Model
 
 CHUNK = 512  # tokens whose logits are there at a time: 0.5 GB of them for a vocabulary of 256k
@@ -66,7 +66,7 @@ def _estimates(model: Model, params: Any, windows: Int[np.ndarray, "n T"], chunk
         yield Estimate(i, math.exp(mean), error)
 
 
-@partial(jax.jit, static_argnames=("model", "chunk", "skip"))
+@partial(jax.jit, static_argnames=("model", "chunk", "skip"), compiler_options=engine.CUBLAS)
 def window_nll(
     model: Model, params: Any, tokens: Int[Array, "1 nC"], pos: Int[Array, "1 nC"], *, chunk: int, skip: int
 ) -> Float[Array, " m"]:
@@ -86,6 +86,6 @@ def window_nll(
     def chunks(a: Array) -> Array:
         return a.reshape(-1, 1, chunk)
 
-    cache = model.init_cache(params, 1, -(-tokens.shape[1] // SLOTS) * SLOTS)
+    cache = model.init_cache(params, 1, engine.slots_for(tokens.shape[1]))
     _, x = lax.scan(forward, cache, (chunks(tokens), chunks(pos)))  # [n, 1, C, D]
     return lax.map(nll, (x[skip:], chunks(jnp.roll(tokens, -1))[skip:])).reshape(-1)

@@ -24,7 +24,7 @@ class Segment:
 def cut(signatures: Sequence[Hashable]) -> list[tuple[int, int]]:
     """Cuts a list of layers into (pattern length, repeats), in order, with the fewest layer bodies in total.
 
-    Among equal cuts the one with the fewest segments is taken.
+    A pattern has at most LONGEST layers. Among equal cuts the one with the fewest segments is taken.
     """
     numbers: dict[Hashable, int] = {}
     kinds = [numbers.setdefault(s, len(numbers)) for s in signatures]

@@ -70,7 +70,10 @@ def lowered(model, params, cache, tokens: int, sharding=None):
         jax.ShapeDtypeStruct((1, model.config.vocab), jnp.float32),
         cache,
     )
-    place = lambda tree: jax.tree.map(lambda a: shape(a.shape, a.dtype), tree)  # noqa: E731
+
+    def place(tree):
+        return jax.tree.map(lambda a: shape(a.shape, a.dtype), tree)
+
     keys = shape((1,), jax.random.key(0).dtype)
     args = model, params, place(state), keys, shape((1,), jnp.int32), shape((), jnp.int32)
     return (
