@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jaxinfer.cache import KVCache, empty, write
-from jaxinfer.ops import visible
+from jaxinfer.ops.attention import visible
 
 write_jit = jax.jit(write, donate_argnums=0)
 

@@ -15,11 +15,13 @@ from models import attend, random_blocks
 from jaxinfer import cache, ops
 from jaxinfer.cache import KVCache
 from jaxinfer.gguf import Tensor
+from jaxinfer.ops import attention as attention_ops
+from jaxinfer.ops import matmul as matmul_ops
 from jaxinfer.quants import FORMATS, PLAIN, pack
 
-ATTENTIONS = {"reference": ops.attention_reference, "blocks": ops.attention_blocks}
+ATTENTIONS = {"reference": attention_ops.attention_reference, "blocks": attention_ops.attention_blocks}
 every_attention = pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
-MATMULS = {"reference": ops.matmul_reference, "gpu": ops.matmul_gpu}
+MATMULS = {"reference": matmul_ops.matmul_reference, "gpu": matmul_ops.matmul_gpu}
 every_matmul = pytest.mark.parametrize("matmul", MATMULS.values(), ids=MATMULS)
 LAYERS, OUT, INTO = 2, 5, 512
 
@@ -140,7 +142,7 @@ def test_attention_sees_what_it_should(attention, heads, group, window):
 @pytest.mark.parametrize("window", [None, 200])
 def test_attention_of_many_queries_to_many_slots(attention, window):
     """More than a tile and a block, and a multiple of neither; a ring that has wrapped, and a short row beside it."""
-    slots, t = 2 * ops.BLOCK + 88, ops.TILE + 22
+    slots, t = 2 * attention_ops.BLOCK + 88, attention_ops.TILE + 22
     ring, ends = np.arange(slots), (slots + 300, 170)
     held = np.stack([ring + (ring <= 300) * slots, np.where(ring <= 170, ring, -1)])
     pos = np.array(ends, np.int32)[:, None] + np.arange(1 - t, 1, dtype=np.int32)
@@ -161,7 +163,7 @@ def test_blocks_that_no_query_needs_are_not_visited(window):
             kept = np.arange(max(0, end - 21), end + 1)
             held[row][:, kept % 22] = np.where(rng.random((3, len(kept))) < share, kept, -1)
         pos = np.maximum(rng.integers(0, 60, (2, 1)) + np.arange(-3, 1), -1).astype(np.int32)
-        order, count = ops.live_blocks(jnp.asarray(pos), jnp.asarray(held), 4, window)
+        order, count = attention_ops.live_blocks(jnp.asarray(pos), jnp.asarray(held), 4, window)
         age = pos[:, None, :, None] - held[:, :, None, :]
         seen = (held[:, :, None, :] >= 0) & (age >= 0) & (age < (window or 99)) & (pos[:, None, :, None] >= 0)
         needed = {int(slot) // 4 for slot in np.flatnonzero(seen.any((0, 1, 2)))}
@@ -226,10 +228,12 @@ def test_attention_does_not_depend_on_the_order_of_slots(attention):
     np.testing.assert_allclose(got, want, atol=1e-6)  # sums of 8 terms of about 1, in another order
 
 
-@pytest.mark.parametrize("t", [1, ops.FEW])
+@pytest.mark.parametrize("t", [1, matmul_ops.FEW])
 def test_cudnn_leaves_few_queries_to_the_reference(t):
     held, q, pos = filled(HELD[:1], 2, 24), normal(1, t, 2, 2, 24), np.arange(t, dtype=np.int32)[None]
-    got, want = (run(f, q, held, pos, window=3) for f in (ops.attention_cudnn, ops.attention_reference))
+    got, want = (
+        run(f, q, held, pos, window=3) for f in (attention_ops.attention_cudnn, attention_ops.attention_reference)
+    )
     np.testing.assert_array_equal(got, want)
 
 
@@ -269,7 +273,7 @@ def test_cudnn_equals_the_reference(ends, window, positions_of):
     q = jnp.asarray(normal(3, t, 2, 4, 64, seed=9), "bfloat16")
     got, want = (
         np.asarray(run(attention, q, held, pos, window, 0.125), np.float64)
-        for attention in (ops.attention_cudnn, ops.attention_reference)
+        for attention in (attention_ops.attention_cudnn, attention_ops.attention_reference)
     )
     real = pos >= 0  # what comes out for a pad is never used
     # both round weights and results to bf16, in another order: 2**-9 each
@@ -283,5 +287,5 @@ def test_a_gpu_takes_heads_of_any_width(width):
     held, pos = filled(np.arange(16)[None], 2, width, "bfloat16"), np.arange(16, dtype=np.int32)[None]
     q = jnp.asarray(normal(1, 16, 2, 3, width), "bfloat16")
     attention = ops.default_ops(jax.devices("gpu")[0], np.dtype(jnp.bfloat16)).attention
-    got, want = (np.asarray(run(f, q, held, pos), np.float64) for f in (attention, ops.attention_reference))
+    got, want = (np.asarray(run(f, q, held, pos), np.float64) for f in (attention, attention_ops.attention_reference))
     assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)  # as above

@@ -1,41 +1,17 @@
-"""The operations that a device may do in its own way, as a tuple of functions.
+"""Attention over a cache."""
 
-A model calls these and nothing else that touches a packed weight or a whole cache. `REFERENCE` is plain jnp, runs
-anywhere and defines the result; to swap one operation, replace one field: `REFERENCE._replace(matmul=fused_matmul)`.
-"""
-
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.cache import KVCache
-from jaxinfer.quants import Weight, at, dense
-from jaxinfer.tree import Device, Index
-
-
-class Ops(NamedTuple):
-    matmul: Callable[..., Array]
-    attention: Callable[..., Array]
-
-
-def matmul_reference(
-    x: Float[Array, "B T D"], w: Weight, layer: Index | None = None, *, dtype: DTypeLike | None = None
-) -> Float[Array, "B T F"]:
-    """x @ w[layer].T for a weight [R, F, D], or [F, D] where `layer` is None.
-
-    Operands in x's type, sums in f32, the result in `dtype` (x's by default). An f32 product is one, not TF32.
-    """
-    w = dense(w if layer is None else at(w, layer), x.dtype)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum("btd,fd->btf", x, w, precision=precision, preferred_element_type=dtype or x.dtype)
+from jaxinfer.ops.matmul import FEW
+from jaxinfer.quants import at
+from jaxinfer.tree import Index
 
 
 def attention_reference(
@@ -71,8 +47,6 @@ def visible(pos: Int[Array, "B T"], held: Int[Array, "B P S"], window: int | Non
     seen = (held[:, :, None, :] >= 0) & (age >= 0)
     return seen if window is None else seen & (age < window)
 
-
-REFERENCE = Ops(matmul_reference, attention_reference)
 
 TILE, BLOCK = 128, 256  # queries and keys at a time on a CPU: fastest of 64 to 512 for heads of 64, caches of 768
 
@@ -153,25 +127,6 @@ def live_blocks(
     return jnp.argsort(~live, stable=True), live.sum()
 
 
-CPU = Ops(matmul_reference, attention_blocks)
-
-FEW = 8  # rows of activations up to which a product is bound by its weight's bytes alone
-
-
-def matmul_gpu(
-    x: Float[Array, "B T D"], w: Weight, layer: Index | None = None, *, dtype: DTypeLike | None = None
-) -> Float[Array, "B T F"]:
-    """The reference's product; for few rows multiplied and summed.
-
-    Slice, decoding and product are then one fusion that reads the stack in place, at up to 4.3 TB/s on an H200, where a
-    library product first copies the layer's weight out of the stack (75 tokens/s against 180 for an 8B model).
-    """
-    if x.shape[0] * x.shape[1] > FEW:
-        return matmul_reference(x, w, layer, dtype=dtype)
-    w = dense(w if layer is None else at(w, layer), jnp.float32)
-    return (x[:, :, None, :].astype(jnp.float32) * w).sum(-1).astype(dtype or x.dtype)
-
-
 def attention_cudnn(
     q: Float[Array, "B T K G H"],
     cache: KVCache,
@@ -216,13 +171,3 @@ def attention_cudnn(
 
     alone = (pos[:, -1] < t).all() if cache.k.shape[3] >= t and (window is None or window >= t) else False
     return lax.cond(alone, first, later, None).reshape(q.shape)
-
-
-GPU = Ops(matmul_gpu, attention_cudnn)
-
-
-def default_ops(device: Device, dtype: np.dtype) -> Ops:
-    """The fastest operations there are for activations of a type on a device."""
-    if device.platform != "gpu":
-        return CPU
-    return GPU if dtype in (jnp.bfloat16, jnp.float16) else GPU._replace(attention=attention_reference)

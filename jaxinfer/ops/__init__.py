@@ -1,0 +1,33 @@
+"""The operations that a device may do in its own way, as a tuple of functions.
+
+A model calls these and nothing else that touches a packed weight or a whole cache. `REFERENCE` is plain jnp, runs
+anywhere and defines the result; to swap one operation, replace one field: `REFERENCE._replace(matmul=fused_matmul)`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxinfer.ops.attention import attention_blocks, attention_cudnn, attention_reference
+from jaxinfer.ops.matmul import matmul_gpu, matmul_reference
+from jaxinfer.tree import Device
+
+
+class Ops(NamedTuple):
+    matmul: Callable[..., Array]
+    attention: Callable[..., Array]
+
+
+REFERENCE = Ops(matmul_reference, attention_reference)
+CPU = Ops(matmul_reference, attention_blocks)
+GPU = Ops(matmul_gpu, attention_cudnn)
+
+
+def default_ops(device: Device, dtype: np.dtype) -> Ops:
+    """The fastest operations there are for activations of a type on a device."""
+    if device.platform != "gpu":
+        return CPU
+    return GPU if dtype in (jnp.bfloat16, jnp.float16) else GPU._replace(attention=attention_reference)
