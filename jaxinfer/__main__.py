@@ -198,8 +198,10 @@ def _prompt(given: Given, text: str, tokenizer: Tokenizer | None, terminal: Term
     wanted = given.get("chat_template", True)
     if wanted and tokenizer and tokenizer.chat_template:
         return [*_system(given), {"role": "user", "content": text}]
-    if "system" in given:
-        raise ValueError("--system needs the chat template of the file, which it does not have or which is off")
+    for name in ("system", "reasoning", "chat_template_kwargs"):
+        if name in given:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} needs the chat template of the file, which it does not have or which is off")
     if wanted:
         terminal.say("note: the file has no chat template; the prompt is taken as it is")
     return text
@@ -211,8 +213,14 @@ def _options(given: Given, terminal: Terminal) -> dict[str, Any]:
         "sampler": Sampler(**_pick(given, *(f.name for f in fields(Sampler)))),
         "progress": terminal.meter("prefilling", "tokens"),
         "compiling": terminal.compiling,
+        "chat_template_kwargs": _template_kwargs(given),
         **_pick(given, "max_tokens", "stop", "ignore_eos", "chunk", "ctx", "burst"),
     }
+
+
+def _template_kwargs(given: Given) -> dict[str, Any]:
+    thinking = {"enable_thinking": given["reasoning"] == "on"} if "reasoning" in given else {}
+    return thinking | given.get("chat_template_kwargs", {})
 
 
 def _summary(stats: Stats, terminal: Terminal) -> None:

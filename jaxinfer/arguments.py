@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from jaxinfer import bench, config, hub
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("cpu", "gpu")
+SWITCH = ("on", "off")
 # An argument on the command line takes its own place in a run file, and that of what belongs to it.
 REPLACED = {"prompt": {"file"}, "file": {"prompt"}, "model": {"sha256"}}
 
@@ -48,6 +50,8 @@ class Option:
         """A value of a run file as it would be on the command line."""
         if isinstance(value, bool):
             return [self.flag if value else self.flag.replace("--", "--no-", 1)]
+        if isinstance(value, dict):
+            return [f"{self.flag}={json.dumps(value, default=str)}"]
         if not isinstance(value, list):
             return [f"{self.flag}={value}"]
         if "type" in self.more:
@@ -60,6 +64,16 @@ def _numbers(text: str) -> list[int]:
         return [int(n) for n in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 512,2048") from None
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"reasoning_effort": "high"}}')
+    return value
 
 
 def _dtypes(text: str) -> list[str]:
@@ -89,6 +103,8 @@ ANSWER = (
     Option("--stop", list, "text that ends the answer; may be repeated"),
     Option("--ignore-eos", bool, "go on after an end token"),
     Option("-sys --system", str, "system message"),
+    Option("-rea --reasoning", str, "think before answering, where the chat template can do both", {"choices": SWITCH}),
+    Option("--chat-template-kwargs", dict, "JSON object of variables for the chat template", {"type": _object}),
     Option("-s --seed", int, "seed of the random numbers"),
     Option("--temp --temperature", float, "0 takes the most likely token always"),
     Option("--top-k", int, "candidates that are kept; 0 for all"),

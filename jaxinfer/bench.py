@@ -65,9 +65,11 @@ def measure(
     before, prompt = (random.integers(vocab, size=size).tolist() for size in (test.depth, test.prompt))
     sampler, keys, stops = Sampler.greedy(), jax.random.key(0)[None], np.array([-1], np.int32)
 
+    def chunk_of(tokens: list[int]) -> int:
+        return plan(model, params, None, [tokens], max_tokens=1, chunk=chunk, ctx=2**31 - 1).chunk if tokens else 1
+
     def prefill(tokens: list[int], start: int, cache: Any) -> tuple[Any, Any]:
-        own = plan(model, params, None, [tokens], max_tokens=1, chunk=chunk, ctx=2**31 - 1).chunk
-        logits = None
+        own, logits = chunk_of(tokens), None
         for t, pos in engine.calls(*engine.left_pad([tokens], own), own):
             logits, cache = engine.prefill(model, params, t, np.where(pos < 0, pos, pos + start), cache, chunk=own)
         return logits, cache
@@ -81,7 +83,8 @@ def measure(
             _, state = engine.decode(model, params, state, keys, stops, limit, sampler=sampler, room=burst)
         return state.logits, state.cache
 
-    cache = model.init_cache(params, 1, engine.slots_for(test.depth + test.prompt + test.new))
+    slots, longest = engine.slots_for(test.depth + test.prompt + test.new), max(chunk_of(before), chunk_of(prompt))
+    cache = model.init_cache(params, 1, slots, chunk=longest)
     logits, took = jnp.zeros((1, vocab)), []
     if before:
         logits, cache = jax.block_until_ready(prefill(before, 0, cache))

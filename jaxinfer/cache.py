@@ -4,7 +4,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.tree import Index, pytree
+from jaxinfer.tree import Index, pytree, static
+
+BLOCK = 128  # a ring's slots are a multiple of this
 
 
 @pytree
@@ -18,13 +20,38 @@ class KVCache:
     k: Float[Array, "R B K S H"]
     v: Float[Array, "R B K S H"]
     pos: Int[Array, "R B P S"]
+    chunk: int | None = static(default=None)  # most tokens of a call, where the cache was made for a window
 
 
-def empty(repeats: int, batch: int, kv_heads: int, slots: int, width: int, dtype: DTypeLike) -> KVCache:
-    """A cache that holds nothing. k and v are buffers of their own, so that both can be donated."""
+def empty(
+    repeats: int,
+    batch: int,
+    kv_heads: int,
+    slots: int,
+    width: int,
+    dtype: DTypeLike,
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+) -> KVCache:
+    """A cache that holds nothing. k and v are buffers of their own, so that both can be donated.
+
+    Where a window is given, it is a ring that keeps the window of every token of a call of up to `chunk` tokens.
+    """
+    if window is not None and chunk is not None:
+        slots = min(slots, ring_slots(window, chunk))
     shape = (repeats, batch, kv_heads, slots, width)
     pos = jnp.full((repeats, batch, 1, slots), -1, jnp.int32)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos, None if window is None else chunk)
+
+
+def ring_slots(window: int, chunk: int) -> int:
+    """The least ring in which a chunk's first query still finds its window after the chunk's last key is written.
+
+    That is window + chunk - 1, in whole blocks, and a block to spare: then no block holds two generations of keys that
+    a query sees, and blocks are visited in the order of a cache that never wraps.
+    """
+    return -(-(window + chunk - 1) // BLOCK) * BLOCK + BLOCK
 
 
 def write(
@@ -32,12 +59,14 @@ def write(
 ) -> KVCache:
     """Stores k, v and their positions at their slots of one layer; padding (pos < 0) is dropped.
 
-    A call's positions must be distinct modulo S within a row: at most S tokens, and no two a ring's length apart.
+    A call's positions must be distinct modulo S within a row. Raises ValueError for more tokens than the cache is for.
     """
-    slots = cache.k.shape[3]
+    slots, tokens = cache.k.shape[3], pos.shape[1]
+    if cache.chunk is not None and tokens > cache.chunk:
+        raise ValueError(f"a call of {tokens} tokens, but this cache was made for {cache.chunk} at a time")
     # -1 % S would be a live slot, and JAX counts negative indices from the end: pads get indices out of range, each
     # its own so that the indices stay unique.
-    dropped = slots + jnp.arange(pos.shape[1], dtype=pos.dtype)
+    dropped = slots + jnp.arange(tokens, dtype=pos.dtype)
     slot = jnp.where(pos < 0, dropped, pos % slots)[..., None]
     row = jnp.arange(pos.shape[0])[:, None, None]
     # Every axis before the last is indexed: with a slice among them XLA transposes the whole stack to scatter into it.
@@ -47,4 +76,4 @@ def write(
         return stack.at[layer, row, head, slot].set(new.astype(stack.dtype), mode="drop", unique_indices=True)
 
     held = jnp.broadcast_to(pos[..., None], (*pos.shape, cache.pos.shape[2]))
-    return KVCache(put(cache.k, k), put(cache.v, v), put(cache.pos, held))
+    return KVCache(put(cache.k, k), put(cache.v, v), put(cache.pos, held), cache.chunk)

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -60,7 +60,9 @@ class Run:
 
     def compile(self, compiling: Compiling | None = None) -> dict[str, float]:
         """Compiles the programs and returns the times; `compiling(program, seconds)` hears before (None) and after."""
-        cache = jax.eval_shape(lambda: self.model.init_cache(self.params, len(self.prompts), self.slots))
+        cache = jax.eval_shape(
+            lambda: self.model.init_cache(self.params, len(self.prompts), self.slots, chunk=self.chunk)
+        )
         logits = jax.ShapeDtypeStruct((len(self.prompts), self.model.config.vocab), jnp.float32)
         state = jax.eval_shape(lambda x, c: engine.start(x, self.prompts, c, self.sampler), logits, cache)
         programs: dict[str, Callable[[], jax.stages.Lowered]] = {}
@@ -82,7 +84,7 @@ class Run:
     def prefill(self, progress: Progress | None = None) -> engine.State:
         """Fills a new cache; `progress(done, total)` counts each row's tokens and is called between chunks."""
         tokens, pos = engine.left_pad(self.prompts, self.chunk)
-        cache = self.model.init_cache(self.params, len(self.prompts), self.slots)
+        cache = self.model.init_cache(self.params, len(self.prompts), self.slots, chunk=self.chunk)
         total = max(map(len, self.prompts))
         logits = None
         for t, p in engine.calls(tokens, pos, self.chunk):
@@ -119,12 +121,13 @@ def plan(
     ctx: int | None = None,
     sampler: Sampler | None = None,
     burst: int = 8,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Run:
     """Checks a batch of prompts and fixes the shapes to run them in; see `stream` for the arguments."""
     for name, value in (("max_tokens", max_tokens), ("chunk", chunk), ("ctx", ctx), ("burst", burst)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    ids = [encode(tokenizer, p, model.config.vocab) for p in prompts]
+    ids = [encode(tokenizer, p, model.config.vocab, chat_template_kwargs) for p in prompts]
     longest = max(map(len, ids))
     ctx = ctx or int(model.config.context)
     if longest + max_tokens > ctx:
@@ -159,6 +162,7 @@ def stream(
     ctx: int | None = None,
     sampler: Sampler | None = None,
     burst: int = 8,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     compiling: Compiling | None = None,
 ) -> Iterator[Piece]:
@@ -168,6 +172,7 @@ def stream(
     an end token of the vocabulary (unless `ignore_eos`), before the first of the strings in `stop`, or after
     `max_tokens`. `chunk` tokens are prefilled at a time, `burst` tokens are decoded between two looks at them; neither
     changes the text. `ctx` is the most tokens of prompt and answer together, by default what the model was trained for.
+    `chat_template_kwargs` are variables for the chat template of messages: `{"enable_thinking": False}`, for one.
     `progress(done, total)` counts prompt tokens; `compiling(program, seconds)` is called before (with None) and after
     each compilation.
 
@@ -184,6 +189,7 @@ def stream(
         ctx=ctx,
         sampler=sampler,
         burst=burst,
+        chat_template_kwargs=chat_template_kwargs,
     )
     compile_s = run.compile(compiling)
     words, text = tokenizer.stream() if tokenizer else None, StopText(stop)
@@ -231,7 +237,7 @@ def score(model: Model, params: Any, ids: Sequence[int] | Sequence[Sequence[int]
     """Logits after every token of a sequence: f32 [T, V] for a list of ids, a list of those for a list of lists."""
     single = not ids or isinstance(ids[0], int | np.integer)
     run = plan(model, params, None, [ids] if single else ids, max_tokens=1, chunk=chunk, ctx=2**31 - 1)  # pyright: ignore
-    cache = model.init_cache(params, len(run.prompts), run.slots)
+    cache = model.init_cache(params, len(run.prompts), run.slots, chunk=run.chunk)
     tokens, pos = engine.left_pad(run.prompts, run.chunk)
     parts = []
     for start in range(0, tokens.shape[1], run.chunk):
@@ -243,12 +249,18 @@ def score(model: Model, params: Any, ids: Sequence[int] | Sequence[Sequence[int]
     return rows[0] if single else rows
 
 
-def encode(tokenizer: Tokenizer | None, prompt: Prompt, vocab: int) -> list[int]:
+def encode(
+    tokenizer: Tokenizer | None, prompt: Prompt, vocab: int, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """A prompt as ids: text (its special tokens are parsed), chat messages (through the file's template), or ids."""
-    if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], dict)):
+    messages = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+    if chat_template_kwargs and not messages:
+        raise ValueError(f"{chat_template_kwargs=} needs a prompt of chat messages")
+    if isinstance(prompt, str) or messages:
         if tokenizer is None:
             raise ValueError("the file has no tokenizer: give the prompt as a list of token ids")
-        ids = tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else tokenizer.chat(prompt)  # pyright: ignore
+        chat = chat_template_kwargs or {}
+        ids = tokenizer.chat(prompt, **chat) if messages else tokenizer.encode(prompt, parse_special=True)  # pyright: ignore
     else:
         ids = [int(i) for i in prompt]  # pyright: ignore[reportArgumentType]
     if not ids:

@@ -36,7 +36,7 @@ def info(found: Description, ctx: int | None = None) -> dict[str, str]:
     if slots < 1:
         raise ValueError(f"{ctx=} must be at least 1")
     types = Counter(t.type.name for t in file.tensors.values())
-    cache = jax.eval_shape(lambda: model.init_cache(found.params, 1, slots))
+    cache = jax.eval_shape(lambda: model.init_cache(found.params, 1, slots, chunk=512))
     weights = "expanded to float32" if found.expand else "packed as in the file"
     n, size = parameters(file), size_bytes(file)
     return {

@@ -36,7 +36,7 @@ class Architecture(Protocol):
 
     __name__: str
     load: Callable[..., Any]  # (metadata, weights, dtype) -> (config, params of Sources)
-    init_cache: Callable[..., Any]  # (params, batch, slots, config, dtype) -> cache
+    init_cache: Callable[..., Any]  # (params, batch, slots, chunk, config, dtype) -> cache
     forward: Callable[..., Any]  # (params, tokens, pos, cache, config, ops) -> (x, cache)
     logits: Callable[..., Any]  # (params, x, config, ops) -> logits, f32
 
@@ -49,9 +49,12 @@ class Model:
     config: Any
     ops: Ops
 
-    def init_cache(self, params: Any, batch: int, slots: int, dtype: DTypeLike | None = None) -> Any:
-        """An empty cache for `batch` rows of `slots` positions, of the activations' type unless told."""
-        return self.arch.init_cache(params, batch, slots, self.config, jnp.dtype(dtype or self.config.dtype))
+    def init_cache(self, params: Any, batch: int, slots: int, *, chunk: int, dtype: DTypeLike | None = None) -> Any:
+        """An empty cache for `batch` rows of `slots` positions, written at most `chunk` at a time.
+
+        Keys and values have the activations' type unless told.
+        """
+        return self.arch.init_cache(params, batch, slots, chunk, self.config, jnp.dtype(dtype or self.config.dtype))
 
     def forward(
         self, params: Any, tokens: Int[Array, "B T"], pos: Int[Array, "B T"], cache: Any
@@ -84,7 +87,8 @@ class Source(NamedTuple):
     """The tensors that become one weight: one as it is, or those of a segment's repeats as a stack."""
 
     tensors: tuple[gguf.Tensor, ...]
-    stacked: bool
+    stacked: bool = False
+    keep: bool = False  # stays packed: of a table or of experts, a call reads a small part
 
 
 class Weights:
@@ -98,6 +102,7 @@ class Weights:
         self._unroll = unroll
         self._left = dict(file.tensors)
         self._faults: list[str] = []
+        self._unused: list[str] = []
 
     def __len__(self) -> int:
         return len(self._file.tensors)
@@ -109,8 +114,11 @@ class Weights:
         """Rows of a tensor that a configuration depends on; 1 where it is missing, which taking it reports."""
         return self._file.tensors[name].shape[0] if name in self else 1
 
-    def __call__(self, name: str, *shape: int) -> Any:
-        """Takes a tensor; a missing or misshapen one is noted, and `finish` reports all of them together."""
+    def __call__(self, name: str, *shape: int, keep: bool = False) -> Any:
+        """Takes a tensor; a missing or misshapen one is noted, and `finish` reports all of them together.
+
+        It stays packed whatever `load` is told if it is to be kept so, and if it has more axes than a matrix.
+        """
         tensor = self._left.pop(name, None)
         if tensor and len(shape) == 1 and math.prod(tensor.shape) == max(tensor.shape):  # a vector stored as [1, n]
             tensor = tensor._replace(shape=(max(tensor.shape),), data=tensor.data.reshape(-1))
@@ -124,14 +132,21 @@ class Weights:
             self._faults.append(
                 f"{name} has the type {tensor.type.name}, not one of {', '.join(t.name for t in known)}"
             )
-        return Source((tensor,), False)
+        return Source((tensor,), keep=keep or len(shape) > 2)
 
     def optional(self, name: str, *shape: int) -> Any:
         return self(name, *shape) if name in self else None
 
-    def values(self, name: str, count: int) -> np.ndarray | None:
-        """Takes an optional F32 vector as numbers that a configuration needs."""
+    def unused(self, name: str) -> None:
+        """Lets a file have a tensor that nothing needs; `finish` warns of it."""
+        if self._left.pop(name, None):
+            self._unused.append(name)
+
+    def values(self, name: str, count: int, *, needed: bool = False) -> np.ndarray | None:
+        """Takes an F32 vector as numbers for the configuration; None where it is missing, a fault if it is needed."""
         if name not in self:
+            if needed:
+                self(name, count)
             return None
         tensor = self(name, count).tensors[0]
         values = tensor.data.reshape(-1).view("<f4") if tensor.type == GGMLQuantizationType.F32 else np.zeros(0)
@@ -145,15 +160,13 @@ class Weights:
         unit = len(whole.data) // whole.shape[0]  # 1, but for a vector, whose data are the bytes of one row
         ends = np.cumsum(parts)
         return [
-            Source(
-                (whole._replace(shape=(n, *whole.shape[1:]), data=whole.data[(end - n) * unit : end * unit]),), False
-            )
+            Source((whole._replace(shape=(n, *whole.shape[1:]), data=whole.data[(end - n) * unit : end * unit]),))
             for n, end in zip(parts, ends.tolist(), strict=True)
         ]
 
     def segments(self, layers: Sequence[Any]) -> tuple[segments.Segment, ...]:
         """Cuts per-layer parameters into segments of stacked ones; one segment of all layers if unrolled."""
-        if self._faults:
+        if self._faults or not layers:
             return ()  # `finish` refuses the file
         trees = [jax.tree.flatten(layer, is_leaf=_is_source) for layer in layers]
         signatures = [(tree, tuple((s.tensors[0].type, s.tensors[0].shape) for s in leaves)) for leaves, tree in trees]
@@ -170,6 +183,8 @@ class Weights:
             more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
             shown = "; ".join(faults[:MOST_FAULTS])
             raise ValueError(f"{self._file.path}: the tensors do not fit the architecture: {shown}{more}")
+        if self._unused:
+            warnings.warn(f"{self._file.path}: tensors that nothing uses: {', '.join(self._unused)}", stacklevel=4)
 
 
 def _is_source(x: Any) -> bool:
@@ -178,7 +193,9 @@ def _is_source(x: Any) -> bool:
 
 def _stack(layers: Sequence[Any]) -> Any:
     """Layers of equal structure as one, each leaf the Source of all their tensors."""
-    return jax.tree.map(lambda *s: Source(tuple(one.tensors[0] for one in s), True), *layers, is_leaf=_is_source)
+    return jax.tree.map(
+        lambda *s: Source(tuple(one.tensors[0] for one in s), True, s[0].keep), *layers, is_leaf=_is_source
+    )
 
 
 def architectures() -> list[str]:
@@ -257,7 +274,7 @@ def _place(sources: Any, device: Device, expand: bool, progress: Progress) -> An
         if not source.stacked:
             host = jax.tree.map(lambda a: a[0], host)
         weight = jax.device_put(host, target)
-        return _dense(weight) if expand else weight
+        return _dense(weight) if expand and not source.keep else weight
 
     done, placed = 0, []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -272,7 +289,7 @@ _dense = jax.jit(partial(dense, dtype=jnp.float32))
 
 
 def _expanded_bytes(file: gguf.File) -> int:
-    return sum(4 * math.prod(t.shape) for t in file.tensors.values())
+    return sum(t.data.nbytes if len(t.shape) > 2 else 4 * math.prod(t.shape) for t in file.tensors.values())
 
 
 def _memory_bytes() -> int:

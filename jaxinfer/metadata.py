@@ -45,6 +45,25 @@ class Metadata:
             raise self.wrong(key, value, f"a whole number from {least} to {most}, the same for all layers")
         return value
 
+    def wholes(self, key: str, layers: int, default: Any = _REQUIRED, *, least: int = 1) -> tuple[int, ...]:
+        """A whole number for each layer: an array of one entry a layer, or one number for all."""
+        value = self.get(key, default)
+        if not isinstance(value, np.ndarray):
+            return (self.whole(key, default, least=least),) * layers
+        if value.shape != (layers,) or value.dtype.kind not in "iu" or (value < least).any() or (value >= 2**31).any():
+            raise self.wrong(key, value, f"{layers} whole numbers from {least} on, one for each layer")
+        return tuple(value.tolist())
+
+    def flags(self, key: str, layers: int, default: Any = _REQUIRED) -> tuple[bool, ...]:
+        """True or false for each layer; a number n stands for n - 1 times true and once false, over and over."""
+        value = self.get(key, default)
+        if isinstance(value, np.ndarray):
+            if value.shape != (layers,) or not np.isin(value, (0, 1)).all():
+                raise self.wrong(key, value, f"{layers} booleans, one for each layer, or a whole number")
+            return tuple(value.astype(bool).tolist())
+        every = self.whole(key, default)
+        return tuple(i % every < every - 1 for i in range(layers))
+
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

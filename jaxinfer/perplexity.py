@@ -86,6 +86,6 @@ def window_nll(
     def chunks(a: Array) -> Array:
         return a.reshape(-1, 1, chunk)
 
-    cache = model.init_cache(params, 1, engine.slots_for(tokens.shape[1]))
+    cache = model.init_cache(params, 1, engine.slots_for(tokens.shape[1]), chunk=chunk)
     _, x = lax.scan(forward, cache, (chunks(tokens), chunks(pos)))  # [n, 1, C, D]
     return lax.map(nll, (x[skip:], chunks(jnp.roll(tokens, -1))[skip:])).reshape(-1)

@@ -74,9 +74,14 @@ def dense(w: Weight, dtype: Any = jnp.float32) -> Num[Array, "..."]:
     return jnp.asarray(w).astype(dtype)
 
 
-def at[W: Weight](w: W, i: Index) -> W:
-    """Entry `i` of the leading axis, still packed; `i` may be traced."""
-    return jax.tree.map(lambda plane: lax.dynamic_index_in_dim(plane, i, keepdims=False), w)
+def at[T](tree: T, *index: Index) -> T:
+    """Entry `index` of the leading axes of every array in a tree, as one slice; weights stay packed."""
+
+    def one(stack: Any) -> Array:
+        size = stack.shape[len(index) :]
+        return lax.dynamic_slice(stack, (*index, *(0 for _ in size)), (*(1 for _ in index), *size)).reshape(size)
+
+    return jax.tree.map(one, tree)
 
 
 def rows[W: Weight](w: W, ids: Int[Array, "*ids"]) -> W:

@@ -59,9 +59,18 @@ def run[X](
     x: X,
     step: Callable[[Any, Index, X, Any], tuple[X, Any]],
 ) -> tuple[X, tuple[tuple[Any, ...], ...]]:
-    """Passes x through all layers in order: (x, cache) = step(layer's params, index in its stack, x, its cache)."""
+    """Passes x through all layers in order: (x, cache) = step(layer's params, index in its stack, x, its cache).
+
+    A layer's weights are decoded no earlier than x reaches it. They do not depend on x, so that XLA would decode those
+    of a whole pattern at once, and unstacked ones before the loop over chunks or tokens that this is in, and keep them.
+    """
+
     # Layers that are not stacked are traced once a signature all the same; the plain index leaves no slice behind.
-    alone = jax.jit(lambda params, x, one: step(params, 0, x, one))
+    @jax.jit
+    def alone(params: Any, x: X, one: Any) -> tuple[X, Any]:
+        params, x = lax.optimization_barrier((params, x))
+        return step(params, 0, x, one)
+
     done = []
     for segment, cache in zip(segments, caches, strict=True):
 
@@ -69,7 +78,12 @@ def run[X](
             x, held = carry
             new = []
             for params, one in zip(segment.layers, held, strict=True):
-                x, one = alone(params, x, one) if segment.repeats == 1 else step(params, repeat, x, one)
+                if segment.repeats == 1:
+                    x, one = alone(params, x, one)
+                else:
+                    if new:
+                        repeat, x = lax.optimization_barrier((repeat, x))
+                    x, one = step(params, repeat, x, one)
                 new.append(one)
             return x, tuple(new)
 

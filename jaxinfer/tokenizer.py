@@ -6,6 +6,7 @@ not normalised. Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 import codecs
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -150,12 +151,13 @@ class Tokenizer:
         """Decodes ids one by one, as a continuation: the first space stays."""
         return Stream(self, skip_special)
 
-    def chat(self, messages: Sequence[Any], **kwargs: Any) -> list[int]:
+    def chat(self, messages: Sequence[Any], /, **kwargs: Any) -> list[int]:
         """The ids of a conversation under the file's chat template, ready for the assistant's answer.
 
-        messages and kwargs: as for `chat.render`; `add_generation_prompt` is on by default. A file without a template
+        messages: as for `chat.render`. kwargs: variables of the template, such as `tools` or `enable_thinking`, which
+        it must mention; `add_generation_prompt` is on by default and may be given to any. A file without a template
         gets ChatML if its vocabulary has that form's tokens. The template writes BOS itself, so none is added.
-        Raises ValueError as `chat.render` does, and where there is no template.
+        Raises ValueError as `chat.render` does, where there is no template, and for other kwargs.
         """
         template = self.chat_template
         if template is None:
@@ -164,6 +166,11 @@ class Tokenizer:
                     f"{self.path} has no chat template, nor the tokens of ChatML (<|im_start|>, <|im_end|>)"
                 )
             template = chat.CHATML
+        # What the template does not mention would be ignored, and the names of `render`'s own arguments are taken.
+        free = {"add_generation_prompt", *re.findall(r"\w+", template)} - {"template", "messages", "now", "limits"}
+        if unknown := [name for name in kwargs if name not in free]:
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"{self.path}: the chat template has no variable {names} that can be set")
         bos, eos = (None if i is None else self.texts[i] for i in (self.bos_id, self.eos_id))
         kwargs = {"add_generation_prompt": True, "bos_token": bos, "eos_token": eos} | kwargs
         return self.encode(chat.render(template, messages, **kwargs), add_special=False, parse_special=True)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import gguf
 import pytest
+from goldens import model_path
 
 import jaxinfer
 from jaxinfer import Sampler, arguments, bench
 from jaxinfer import __main__ as cli
 from jaxinfer.terminal import Terminal
 
-GOLDENS = Path(__file__).parent / "goldens"
-MODEL = str(GOLDENS / "qwen3.gguf")
+MODEL = str(model_path("qwen3"))
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
 # Shapes are the same all over, so that each program is compiled once for all tests.
 TEXT, SAMPLER = "sea and sky", Sampler(temperature=0)
@@ -39,14 +39,23 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory) -> str:
-    """The model with a chat template."""
-    path = tmp_path_factory.mktemp("chatty") / "chatty.gguf"
+    return with_template(tmp_path_factory.mktemp("chatty") / "chatty.gguf", TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory) -> str:
+    variables = "{{ enable_thinking }}{{ effort }}"
+    return with_template(tmp_path_factory.mktemp("thinking") / "thinking.gguf", TEMPLATE + variables)
+
+
+def with_template(path: Path, template: str) -> str:
+    """Writes the model with a chat template."""
     source, writer = gguf.GGUFReader(MODEL), gguf.GGUFWriter(path, "qwen3")
     for name, key in source.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             item = key.types[1] if key.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(name, key.contents(), key.types[0], item)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
     for tensor in source.tensors:
         writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file()
@@ -102,6 +111,40 @@ def test_chat_template(capfd, chatty):
     code, out, err = run(capfd, *argv, "--no-chat-template", "--system", "be")
     assert (code, out) == (2, "")
     assert "--system needs the chat template" in err
+
+
+def test_thinking_and_other_variables_of_the_chat_template(capfd, tmp_path, thinking):
+    loaded, messages = jaxinfer.load(thinking), [{"role": "user", "content": TEXT}]
+    argv = ["-m", thinking, *ASK[2:], "-p", TEXT]
+
+    def told(**kwargs) -> str:
+        return answer(loaded, messages, chat_template_kwargs=kwargs) + "\n"
+
+    on, off, high = told(enable_thinking=True), told(enable_thinking=False), told(effort="high")
+    assert len({answer(loaded, messages) + "\n", on, off, high}) == 4
+    assert run(capfd, *argv, "--reasoning", "on")[1] == on
+    assert run(capfd, *argv, "-rea", "off")[1] == off
+    assert run(capfd, *argv, "--chat-template-kwargs", '{"effort": "high"}')[1] == high
+    (tmp_path / "run.toml").write_text('reasoning = "off"\nchat_template_kwargs = { effort = "high" }\n')
+    assert run(capfd, "run", str(tmp_path / "run.toml"), *argv)[1] == told(enable_thinking=False, effort="high")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--reasoning", "off"], "has no variable 'enable_thinking'"),
+        (["--chat-template-kwargs", '{"message": 1}'], "has no variable 'message'"),
+        (["--chat-template-kwargs", "[1]"], r"'\[1\]' is no JSON object such as"),
+        (["--chat-template-kwargs", "{"], "'{' is no JSON object such as"),
+        (["--reasoning", "off", "--no-chat-template"], "--reasoning needs the chat template of the file"),
+        (["--chat-template-kwargs", '{"a": 1}', "--no-chat-template"], "-kwargs needs the chat template of the"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_variables_that_would_be_ignored(capfd, chatty, argv, message):
+    code, out, err = run(capfd, "-m", chatty, *ASK[2:], "-p", TEXT, *argv)
+    assert (code, out) == (2, "")
+    assert re.search(f"^error: .*{message}", err, re.MULTILINE)
 
 
 def test_chat_remembers(capfd, monkeypatch, loaded):
@@ -164,7 +207,7 @@ def test_another_model_is_not_held_to_the_sum_of_the_run_file(tmp_path):
 
 @pytest.mark.parametrize("command", arguments.COMMANDS)
 def test_every_argument_works_in_a_run_file(tmp_path, command):
-    values = {str: '"a b"', int: "-3", float: "0.5", bool: "false", list: "[1, 2]"}
+    values = {str: '"a b"', int: "-3", float: "0.5", bool: "false", list: "[1, 2]", dict: "{ a = 1 }"}
     path, options = tmp_path / "run.toml", [o for o in arguments.COMMANDS[command].options if o.type]
     for option in options:
         choices = option.more.get("choices") or (arguments.DTYPES if option.name == "dtype" else None)

@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from goldens import model_path
 from jax.experimental import topologies
 
 import jaxinfer
 from jaxinfer import Model, Sampler, engine
+from jaxinfer.decoder import Config, LayerParams, Params
 from jaxinfer.layers.attention import AttentionParams, AttentionSpec
 from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.mlp import MlpParams
 from jaxinfer.layers.rope import Rope, frequencies
 from jaxinfer.models import qwen3
-from jaxinfer.models.llama import Config, LayerParams, Params
 from jaxinfer.ops import GPU
 from jaxinfer.segments import Segment
 
@@ -84,10 +85,9 @@ def lowered(model, params, cache, tokens: int, sharding=None):
 
 @pytest.mark.parametrize("expand", [False, True])
 def test_on_a_cpu_no_cache_is_copied(expand):
-    golden = Path(__file__).parent / "goldens/qwen3.gguf"
-    model, params, _ = jaxinfer.load(golden, expand=expand)
+    model, params, _ = jaxinfer.load(model_path("qwen3"), expand=expand)
     # Long enough that a cache's stack is larger than anything else that a chunk of 16 tokens makes.
-    cache = jax.eval_shape(lambda: model.init_cache(params, 1, 4096))
+    cache = jax.eval_shape(lambda: model.init_cache(params, 1, 4096, chunk=16))
     for program in lowered(model, params, cache, 16):
         check_caches_stay(program.compile().as_text(), cache)
 
@@ -128,11 +128,10 @@ def qwen3_8b(sharding) -> tuple[Model, Params]:
     config = Config(
         layers=layers,
         width=d,
-        ffn=ffn,
         vocab=vocab,
         context=40960,
         eps=1e-6,
-        attention=spec,
+        mixers=(("full", spec),),
         dtype=np.dtype(jnp.bfloat16),
     )
     params = Params(w(vocab, d), (Segment((layer,), layers),), w(d, dtype=f32), w(vocab, d), None)  # pyright: ignore
@@ -141,7 +140,7 @@ def qwen3_8b(sharding) -> tuple[Model, Params]:
 
 def check_gpu_programs(sharding) -> None:
     model, params = qwen3_8b(sharding)
-    cache = jax.eval_shape(lambda: model.init_cache(params, 1, 2304))
+    cache = jax.eval_shape(lambda: model.init_cache(params, 1, 2304, chunk=2048))
     prefill, decode = (program.compile().as_text() for program in lowered(model, params, cache, 2048, sharding))
     check_caches_stay(prefill, cache)
     check_caches_stay(decode, cache)

@@ -1,18 +1,17 @@
 """Invariants of the two programs: nothing about how a run is cut, padded or batched changes what it computes."""
 
 from functools import cache
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from goldens import model_path
 
 import jaxinfer
 from jaxinfer import Sampler, engine
 
-GOLDENS = Path(__file__).parent / "goldens"
 # Matrix shapes differ, so f32 sums are ordered differently: ten times the 7e-5 that llama.cpp's own logits move by when
 # its batch size changes, see goldens/README.md.
 TOLERANCE = {"rtol": 0, "atol": 7e-4}
@@ -20,7 +19,7 @@ TOLERANCE = {"rtol": 0, "atol": 7e-4}
 
 @cache
 def load(name: str, expand: bool = False):
-    return jaxinfer.load(GOLDENS / f"{name}.gguf", expand=expand)
+    return jaxinfer.load(model_path(name), expand=expand)
 
 
 def prompt(n: int, seed: int = 0) -> list[int]:
@@ -29,7 +28,7 @@ def prompt(n: int, seed: int = 0) -> list[int]:
 
 def prefill(model, params, prompts, chunk, slots=256, ops=None):
     """Logits of the last tokens and the cache, by the calls that `generate` makes."""
-    held = model.init_cache(params, len(prompts), slots)
+    held = model.init_cache(params, len(prompts), slots, chunk=chunk)
     for tokens, pos in engine.calls(*engine.left_pad(prompts, chunk), chunk):
         logits, held = engine.prefill(model, params, tokens, pos, held, chunk=chunk)
     return logits, held
@@ -87,7 +86,7 @@ def test_spare_pad_chunks_are_harmless():
     tokens, pos = engine.left_pad([ids], 16)
     want, held = prefill(model, params, [ids], 16)
     wide = np.pad(tokens, ((0, 0), (32, 0))), np.pad(pos, ((0, 0), (32, 0)), constant_values=-1)
-    got, other = engine.prefill(model, params, *wide, model.init_cache(params, 1, 256), chunk=16)
+    got, other = engine.prefill(model, params, *wide, model.init_cache(params, 1, 256, chunk=16), chunk=16)
     np.testing.assert_array_equal(got, want)
     chex.assert_trees_all_equal(held, other)
 
@@ -165,7 +164,7 @@ def test_caches_are_donated_and_programs_traced_once():
         n=1,
     )
     program = jax.jit(traced, static_argnames=("model", "chunk"), donate_argnames="cache")
-    held = model.init_cache(params, 1, 64)
+    held = model.init_cache(params, 1, 64, chunk=64)
     for start in range(0, 48, 16):
         before = held
         pos = np.arange(start, start + 16, dtype=np.int32)[None]

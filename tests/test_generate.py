@@ -2,23 +2,22 @@
 
 import dataclasses
 from functools import cache
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from goldens import model_path
 
 import jaxinfer
 from jaxinfer import Sampler, engine
 from jaxinfer.generate import StopText, plan
 
-GOLDENS = Path(__file__).parent / "goldens"
 GREEDY = Sampler.greedy()
 
 
 @cache
 def load(name: str = "qwen3"):
-    return jaxinfer.load(GOLDENS / f"{name}.gguf", expand=False)
+    return jaxinfer.load(model_path(name), expand=False)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +123,7 @@ def test_score_takes_a_list_or_a_list_of_lists():
         ([1], {"ctx": 0}, "ctx=0"),
         ([1], {"burst": 0}, "burst=0"),
         ([1] * 10, {"max_tokens": 7, "ctx": 16}, "10 tokens.*16 tokens: the largest max_tokens that fits is 6"),
+        ("the", {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs={'a': 1} needs a prompt of chat messages"),
         ([1] * 20, {"max_tokens": 7, "ctx": 16}, "the longest prompt that fits has 9 tokens"),
     ],
 )

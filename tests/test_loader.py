@@ -345,9 +345,9 @@ def test_types_operations_and_device_are_as_asked(path):
     device = jax.devices()[0]
     model, params, _ = jaxinfer.load(path, dtype="bfloat16", ops=jaxinfer.REFERENCE, device=device)
     assert model.ops is jaxinfer.REFERENCE
-    cache = model.init_cache(params, 2, 16)
+    cache = model.init_cache(params, 2, 16, chunk=16)
     assert {a.dtype.name for a in jax.tree.leaves(cache)} == {"bfloat16", "int32"}
-    assert model.init_cache(params, 2, 16, jnp.float32)[0][0].k.dtype == jnp.float32
+    assert model.init_cache(params, 2, 16, chunk=16, dtype=jnp.float32)[0][0].k.dtype == jnp.float32
     assert {a.devices().pop() for a in jax.tree.leaves(params)} == {device}
     half, full = jaxinfer.score(model, params, [1, 2, 3]), jaxinfer.score(*plain[:2], [1, 2, 3])
     assert half.dtype == full.dtype == np.float32

@@ -2,25 +2,23 @@
 
 import math
 from itertools import pairwise
-from pathlib import Path
 
+import goldens
 import numpy as np
 import pytest
 
 import jaxinfer
 from jaxinfer.perplexity import perplexity
 
-GOLDENS = Path(__file__).parent / "goldens"
-
 
 @pytest.fixture(scope="module")
 def loaded():
-    return jaxinfer.load(GOLDENS / "qwen3.gguf")
+    return jaxinfer.load(goldens.model_path("qwen3"))
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return np.load(GOLDENS / "qwen3.base.npz")
+    return goldens.golden("qwen3.base")
 
 
 def nll(logits: np.ndarray, tokens: list[int]) -> list[float]:
@@ -46,8 +44,8 @@ def protocol(loaded, ids: list[int], ctx: int, bos: int | None) -> list[tuple[fl
 
 def test_llama_cpp_logits(loaded, golden):
     """The first of two windows of 24 tokens is the start of the golden prompt: 11 tokens are scored, 13 to 23."""
-    first = next(perplexity(loaded.model, loaded.params, golden["tokens"].tolist(), ctx=24))
-    want = np.mean(nll(golden["logits"], golden["tokens"].tolist())[12:23])
+    first = next(perplexity(loaded.model, loaded.params, golden.tokens, ctx=24))
+    want = np.mean(nll(golden.logits, golden.tokens)[12:23])
     # Both engines' float noise, 7e-5 in a logit, moves a log probability by at most twice as much.
     assert math.log(first.perplexity) == pytest.approx(want, abs=3e-4)
 
@@ -55,7 +53,7 @@ def test_llama_cpp_logits(loaded, golden):
 @pytest.mark.parametrize("bos", [None, 284])
 @pytest.mark.parametrize(("ctx", "chunk"), [(16, None), (15, 4), (24, 16)])
 def test_protocol(loaded, golden, ctx, chunk, bos):
-    ids = golden["tokens"].tolist()
+    ids = golden.tokens
     got = list(perplexity(loaded.model, loaded.params, ids, ctx=ctx, chunk=chunk, bos=bos))
     assert [e.windows for e in got] == list(range(1, len(ids) // ctx + 1))
     # f32 against float64 in the softmax, 1e-7 relative, and chunks summed in another order: both far below this.
@@ -64,13 +62,13 @@ def test_protocol(loaded, golden, ctx, chunk, bos):
 
 
 def test_one_scored_token_has_no_error(loaded, golden):
-    first, second, *_ = perplexity(loaded.model, loaded.params, golden["tokens"].tolist(), ctx=3)
+    first, second, *_ = perplexity(loaded.model, loaded.params, golden.tokens, ctx=3)
     assert math.isnan(first.error)
     assert second.error > 0
 
 
 def test_chunks_of_any_size_agree(loaded, golden):
-    ids = golden["tokens"].tolist()
+    ids = golden.tokens
     got = [list(perplexity(loaded.model, loaded.params, ids, ctx=20, chunk=c))[-1][1:] for c in (1, 7, 20, 64)]
     np.testing.assert_allclose(got, [got[0]] * 4, rtol=1e-4)  # as above
 

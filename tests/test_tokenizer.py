@@ -385,6 +385,17 @@ def test_the_template_alone_writes_bos():
     assert from_metadata(metadata, "").chat([{"role": "user", "content": "hel"}]) == [258, 257]
 
 
+def test_variables_of_the_template():
+    template = {"tokenizer.chat_template": "{{ messages[0].content }}{% if enable_thinking %}hel{% endif %}"}
+    tokenizer, messages = from_metadata(byte_level() | template, "x.gguf"), [{"role": "user", "content": "hel"}]
+    assert tokenizer.chat(messages, enable_thinking=True) == [257, 257]
+    assert tokenizer.chat(messages, enable_thinking=False) == tokenizer.chat(messages) == [257]
+    assert tokenizer.chat(messages, add_generation_prompt=False) == [257]  # of the call, not of this template
+    for name in ("reasoning_effort", "messages", "limits"):
+        with pytest.raises(ValueError, match=rf"x\.gguf: the chat template has no variable '{name}' that can be set"):
+            tokenizer.chat(messages, **{name: "high"})
+
+
 BROKEN = {
     "no model": (byte_level(model=None), "x.gguf has no tokenizer: tokenizer.ggml.model is missing"),
     "model none": (byte_level(model="none"), "has no tokenizer"),

@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.cache import KVCache, write
+from jaxinfer import cache as caches
+from jaxinfer.cache import KVCache
 from jaxinfer.layers.linear import Linear, linear
 from jaxinfer.layers.norm import rms_norm
 from jaxinfer.layers.rope import Rope, rope
@@ -14,14 +18,19 @@ from jaxinfer.tree import Index, pytree
 
 @pytree
 class AttentionParams:
-    """Projections, and optional norms over each head of q and k before the rotation."""
+    """Projections, optional norms of q and k before the rotation, and optional sinks.
 
-    q: Linear  # [R, K*G*H, D]
-    k: Linear  # [R, K*H, D]
-    v: Linear  # [R, K*H, D]
+    A norm of width H is one of each head, a wider one of all heads together. Without `v` the values are the raw keys;
+    without `k` the layer has no keys of its own and attends to another layer's cache.
+    """
+
+    q: Linear  # [R, K*G*H, D]; twice the rows where the output is gated
+    k: Linear | None  # [R, K*H, D]
+    v: Linear | None  # [R, K*H, D]
     o: Linear  # [R, D, K*G*H]
-    q_norm: Array | None = None  # [R, H]
-    k_norm: Array | None = None  # [R, H]
+    q_norm: Array | None = None  # [R, H] or [R, K*G*H]
+    k_norm: Array | None = None  # [R, H] or [R, K*H]
+    sinks: Array | None = None  # [R, K*G]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +41,21 @@ class AttentionSpec:
     group: int
     width: int
     scale: float
-    rope: Rope
     eps: float
+    rope: Rope | None  # None: no rotation
     window: int | None = None
+    aligned: bool = False  # windows begin at multiples of their length, and do not slide
+    gated: bool = False  # each head of q is followed by a gate of its output
+    norm_values: bool = False  # heads of v are normed, without a weight
+    norm_rotated: bool = False  # heads of q and k are normed after the rotation, without a weight
+    warm_up: tuple[float, int] | None = None  # (a, n): q of position p is scaled by 1 + a ln(floor((p + 1) / n) + 1)
 
     @property
     def heads(self) -> int:
         return self.kv_heads * self.group
+
+    def cache(self, repeats: int, batch: int, slots: int, chunk: int, dtype: DTypeLike) -> KVCache:
+        return caches.empty(repeats, batch, self.kv_heads, slots, self.width, dtype, window=self.window, chunk=chunk)
 
 
 def attention(
@@ -49,20 +66,50 @@ def attention(
     cache: KVCache,
     spec: AttentionSpec,
     ops: Ops,
+    *,
+    source: Index | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Grouped-query attention (arXiv:2305.13245): writes this call's keys and values, then attends to the cache.
 
     x [B, T, D] in the activations' type, softmax in f32. Positions below zero mark padding: nothing is stored for
-    them and nothing attends to them. Returns (y [B, T, D], cache).
+    them and nothing attends to them. A layer without keys of its own attends to those of layer `source` of the cache.
+    Returns (y [B, T, D], cache).
     """
     b, t, _ = x.shape
-    q = linear(p.q, layer, x, ops).reshape(b, t, spec.kv_heads, spec.group, spec.width)
-    k = linear(p.k, layer, x, ops).reshape(b, t, spec.kv_heads, spec.width)
-    v = linear(p.v, layer, x, ops).reshape(b, t, spec.kv_heads, spec.width)
-    if p.q_norm is not None:
-        q = rms_norm(q, p.q_norm[layer], spec.eps)
-    if p.k_norm is not None:
-        k = rms_norm(k, p.k_norm[layer], spec.eps)
-    cache = write(cache, layer, rope(k, pos, spec.rope), v, pos)
-    o = ops.attention(rope(q, pos, spec.rope), cache, layer, pos, scale=spec.scale, window=spec.window)
-    return linear(p.o, layer, o.reshape(b, t, -1), ops), cache
+
+    def heads(y: Array, norm: Array | None) -> Array:
+        if norm is not None:
+            y = rms_norm(y.reshape(b, t, -1, norm.shape[-1]), norm[layer], spec.eps)
+        return y.reshape(b, t, -1, spec.width)
+
+    def turned(y: Array) -> Array:
+        y = y if spec.rope is None else rope(y, pos, spec.rope)
+        return rms_norm(y, None, spec.eps) if spec.norm_rotated else y
+
+    q, gate = linear(p.q, layer, x, ops), None
+    if spec.gated:
+        q, gate = jnp.split(q.reshape(b, t, spec.heads, 2 * spec.width), 2, axis=-1)
+    q = turned(heads(q, p.q_norm))
+    if spec.warm_up is not None:
+        rate, length = spec.warm_up
+        steps = jnp.floor((pos + 1).astype(jnp.float32) / length)
+        q = (q.astype(jnp.float32) * (1 + rate * jnp.log(steps + 1))[..., None, None]).astype(q.dtype)
+    if p.k is not None:
+        k = linear(p.k, layer, x, ops)
+        v = heads(k if p.v is None else linear(p.v, layer, x, ops), None)
+        v = rms_norm(v, None, spec.eps) if spec.norm_values else v
+        cache, source = caches.write(cache, layer, turned(heads(k, p.k_norm)), v, pos), layer
+    assert source is not None
+    o = ops.attention(
+        q.reshape(b, t, spec.kv_heads, spec.group, spec.width),
+        cache,
+        source,
+        pos,
+        scale=spec.scale,
+        window=spec.window,
+        aligned=spec.aligned,
+        sinks=None if p.sinks is None else p.sinks[layer],
+    ).reshape(b, t, -1)
+    if gate is not None:
+        o = o * jax.nn.sigmoid(gate.reshape(o.shape).astype(jnp.float32)).astype(o.dtype)
+    return linear(p.o, layer, o, ops), cache

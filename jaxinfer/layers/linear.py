@@ -15,7 +15,7 @@ class Linear:
     bias: Array | None = None  # [R, F]
 
 
-def linear(p: Linear, layer: Index, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T F"]:
-    """x @ weight[layer].T + bias[layer], in x's type."""
+def linear(p: Linear, layer: Index | None, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T F"]:
+    """x @ weight[layer].T + bias[layer], in x's type; None: the map is no stack."""
     y = ops.matmul(x, p.weight, layer)
-    return y if p.bias is None else y + p.bias[layer].astype(y.dtype)
+    return y if p.bias is None else y + (p.bias if layer is None else p.bias[layer]).astype(y.dtype)

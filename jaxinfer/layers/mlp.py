@@ -1,10 +1,12 @@
-"""The gated feed-forward layer."""
+"""The gated feed-forward layer, and the activations of published ones."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxinfer.layers.linear import Linear, linear
 from jaxinfer.ops import Ops
+from jaxinfer.ops.experts import Activation
 from jaxinfer.tree import Index, pytree
 
 
@@ -15,6 +17,31 @@ class MlpParams:
     down: Linear  # [R, D, F]
 
 
+def mlp(
+    p: MlpParams, layer: Index, x: Float[Array, "B T D"], activation: Activation, ops: Ops
+) -> Float[Array, "B T D"]:
+    """down(activation(gate(x), up(x))) (arXiv:2002.05202, equation 6)."""
+    return linear(p.down, layer, activation(linear(p.gate, layer, x, ops), linear(p.up, layer, x, ops)), ops)
+
+
 def swiglu(p: MlpParams, layer: Index, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T D"]:
-    """down(silu(gate(x)) * up(x)) (arXiv:2002.05202, equation 6)."""
-    return linear(p.down, layer, jax.nn.silu(linear(p.gate, layer, x, ops)) * linear(p.up, layer, x, ops), ops)
+    return mlp(p, layer, x, silu_gate, ops)
+
+
+# Each takes a gate and what it gates, and computes in f32.
+
+
+def silu_gate(gate: Float[Array, "*n F"], up: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
+    """silu(gate) * up: SwiGLU."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def gelu_gate(gate: Float[Array, "*n F"], up: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
+    """gelu(gate) * up with the tanh form of gelu (arXiv:1606.08415, section 2): GeGLU of Gemma."""
+    return (jax.nn.gelu(gate.astype(jnp.float32), approximate=True) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def clamped_gate(gate: Float[Array, "*n F"], up: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
+    """g sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = up within -7 and 7: that of gpt-oss."""
+    g, u = jnp.minimum(gate.astype(jnp.float32), 7), jnp.clip(up.astype(jnp.float32), -7, 7)
+    return (g * jax.nn.sigmoid(1.702 * g) * (u + 1)).astype(gate.dtype)

@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from jaxinfer.decoder import Config, Params, forward, init_cache, logits
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
-from jaxinfer.models.llama import Config, Params, forward, init_cache, load_decoder, logits
+from jaxinfer.reading import decoder
 
 __all__ = ["Config", "Params", "forward", "init_cache", "load", "logits"]
 
 
 def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config, Params]:
-    return load_decoder(metadata, weights, dtype, interleaved=False, head_norms=True)
+    return decoder(metadata, weights, dtype, interleaved=False, norms="head")

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxinfer.ops.attention import attention_blocks, attention_cudnn, attention_reference
+from jaxinfer.ops.attention import attention_blocks, attention_cudnn, attention_reference, attention_tiles
+from jaxinfer.ops.delta import gated_delta_chunked, gated_delta_reference
+from jaxinfer.ops.experts import experts_gpu, experts_reference
 from jaxinfer.ops.matmul import matmul_gpu, matmul_reference
 from jaxinfer.tree import Device
 
@@ -19,15 +21,17 @@ from jaxinfer.tree import Device
 class Ops(NamedTuple):
     matmul: Callable[..., Array]
     attention: Callable[..., Array]
+    experts: Callable[..., Array]
+    delta: Callable[..., tuple[Array, Array]]
 
 
-REFERENCE = Ops(matmul_reference, attention_reference)
-CPU = Ops(matmul_reference, attention_blocks)
-GPU = Ops(matmul_gpu, attention_cudnn)
+REFERENCE = Ops(matmul_reference, attention_reference, experts_reference, gated_delta_reference)
+CPU = Ops(matmul_reference, attention_blocks, experts_reference, gated_delta_chunked)
+GPU = Ops(matmul_gpu, attention_cudnn, experts_gpu, gated_delta_chunked)
 
 
 def default_ops(device: Device, dtype: np.dtype) -> Ops:
     """The fastest operations there are for activations of a type on a device."""
     if device.platform != "gpu":
         return CPU
-    return GPU if dtype in (jnp.bfloat16, jnp.float16) else GPU._replace(attention=attention_reference)
+    return GPU if dtype in (jnp.bfloat16, jnp.float16) else GPU._replace(attention=attention_tiles)

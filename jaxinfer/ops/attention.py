@@ -1,6 +1,8 @@
 """Attention over a cache."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +24,14 @@ def attention_reference(
     *,
     scale: float,
     window: int | None = None,
+    aligned: bool = False,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """softmax(scale * q k^T) v over the cached positions p that a query at `pos` sees: pos - window < p <= pos.
 
-    Operands in q's type, scores and softmax in f32. A query that sees nothing, such as a pad, gives zeros.
+    Where windows are `aligned`, it sees those from the last multiple of `window` on. A head's sink is the score of a
+    key without a value. Operands in q's type, scores and softmax in f32. A query that sees nothing, such as a pad,
+    gives zeros.
     """
     b, t, kv_heads, group, width = q.shape
     k, v, held = (at(a, layer) for a in (cache.k, cache.v, cache.pos))
@@ -33,19 +39,32 @@ def attention_reference(
     dot = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     rows = q.transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, width)
     s = dot("bkqh,bksh->bkqs", rows, k.astype(q.dtype)).reshape(b, kv_heads, group, t, -1) * scale
-    s = jnp.where(visible(pos, held, window)[:, :, None], s, -jnp.inf)
-    top = jnp.maximum(s.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)  # finite, so that no row is nan
+    s = jnp.where(visible(pos, held, window, aligned)[:, :, None], s, -jnp.inf)
+    first, total = _start(sinks, (b, kv_heads, group, t))
+    top = jnp.maximum(s.max(-1, keepdims=True), first)
     e = jnp.exp(s - top)
-    total = jnp.maximum(e.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    total = jnp.maximum(e.sum(-1, keepdims=True) + total * jnp.exp(first - top), jnp.finfo(jnp.float32).tiny)
     o = dot("bkqs,bksh->bkqh", e.astype(q.dtype).reshape(b, kv_heads, group * t, -1), v.astype(q.dtype))
     return (o.reshape(b, kv_heads, group, t, width) / total).transpose(0, 3, 1, 2, 4).astype(q.dtype)
 
 
-def visible(pos: Int[Array, "B T"], held: Int[Array, "B P S"], window: int | None) -> Bool[Array, "B P T S"]:
+def visible(
+    pos: Int[Array, "B T"], held: Int[Array, "B P S"], window: int | None, aligned: bool = False
+) -> Bool[Array, "B P T S"]:
     """Which cached positions a query sees: those of tokens, up to its own, within the window."""
-    age = pos[:, None, :, None] - held[:, :, None, :]
-    seen = (held[:, :, None, :] >= 0) & (age >= 0)
-    return seen if window is None else seen & (age < window)
+    query, key = pos[:, None, :, None], held[:, :, None, :]
+    seen = (key >= 0) & (key <= query)
+    if window is None:
+        return seen
+    return seen & (key >= query // window * window if aligned else key > query - window)
+
+
+def _start(sinks: Array | None, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """The softmax's maximum and sum before any key [B, K, G, T, 1]; finite, so that no row is nan."""
+    if sinks is None:
+        return jnp.full((*shape, 1), jnp.finfo(jnp.float32).min), jnp.zeros((*shape, 1))
+    tops = sinks.astype(jnp.float32).reshape(1, *shape[1:3], 1, 1)
+    return jnp.broadcast_to(tops, (*shape, 1)), jnp.ones((*shape, 1))
 
 
 TILE, BLOCK = 128, 256  # queries and keys at a time on a CPU: fastest of 64 to 512 for heads of 64, caches of 768
@@ -59,25 +78,49 @@ def attention_blocks(
     *,
     scale: float,
     window: int | None = None,
+    aligned: bool = False,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """The reference's attention, a tile of queries and a block of keys at a time (FlashAttention, arXiv:2205.14135).
 
     Blocks in which no query of the tile sees a key are not visited, so that the cost follows the tokens in the cache,
     or in the window, and not the slots. The stack is read in place.
     """
+    one = partial(_attend_tile, cache=cache, layer=layer, scale=scale, window=window, aligned=aligned, sinks=sinks)
+    return _by_tiles(one, q, pos, TILE)
+
+
+def attention_tiles(
+    q: Float[Array, "B T K G H"], cache: KVCache, layer: Index, pos: Int[Array, "B T"], **options: Any
+) -> Float[Array, "B T K G H"]:
+    """The reference a tile of queries at a time, so that no more than a tile's scores are ever there."""
+    return _by_tiles(lambda q, pos: attention_reference(q, cache, layer, pos, **options), q, pos, TILE)
+
+
+def _by_tiles(
+    attend: Callable[[Array, Array], Array], q: Float[Array, "B T K G H"], pos: Int[Array, "B T"], width: int
+) -> Float[Array, "B T K G H"]:
     b, t, *heads = q.shape
-    tiles = -(-t // TILE) if t > TILE else 1
-    width = TILE if t > TILE else t
+    if t <= width:
+        return attend(q, pos)
+    tiles = -(-t // width)
     pad = ((0, 0), (0, tiles * width - t))
     q_tiles = jnp.pad(q, (*pad, (0, 0), (0, 0), (0, 0))).reshape(b, tiles, width, *heads).swapaxes(0, 1)
     pos_tiles = jnp.pad(pos, pad, constant_values=-1).reshape(b, tiles, width).swapaxes(0, 1)
-    one = partial(_attend_tile, cache=cache, layer=layer, scale=scale, window=window)
-    o = one(q_tiles[0], pos_tiles[0])[None] if tiles == 1 else lax.map(lambda x: one(*x), (q_tiles, pos_tiles))
+    o = lax.map(lambda x: attend(*x), (q_tiles, pos_tiles))
     return o.swapaxes(0, 1).reshape(b, tiles * width, *heads)[:, :t]
 
 
 def _attend_tile(
-    q: Array, pos: Array, *, cache: KVCache, layer: Index, scale: float, window: int | None
+    q: Array,
+    pos: Array,
+    *,
+    cache: KVCache,
+    layer: Index,
+    scale: float,
+    window: int | None,
+    aligned: bool,
+    sinks: Array | None,
 ) -> Float[Array, "B T K G H"]:
     b, t, kv_heads, group, width = q.shape
     slots = cache.k.shape[3]
@@ -98,7 +141,7 @@ def _attend_tile(
 
         held = jnp.where(start + jnp.arange(block) >= first, read(cache.pos), -1)
         s = dot("bkqh,bksh->bkqs", rows, read(cache.k).astype(q.dtype)).reshape(b, kv_heads, group, t, block)
-        s = jnp.where(visible(pos, held, window)[:, :, None], s, -jnp.inf)
+        s = jnp.where(visible(pos, held, window, aligned)[:, :, None], s, -jnp.inf)
         new = jnp.maximum(top, s.max(-1, keepdims=True))
         e, decay = jnp.exp(s - new), jnp.exp(top - new)
         values = dot(
@@ -107,8 +150,7 @@ def _attend_tile(
         return new, total * decay + e.sum(-1, keepdims=True), o * decay + values.reshape(o.shape)
 
     shape = (b, kv_heads, group, t)
-    empty = jnp.full((*shape, 1), jnp.finfo(jnp.float32).min), jnp.zeros((*shape, 1)), jnp.zeros((*shape, width))
-    _, total, o = lax.fori_loop(0, count, visit, empty)
+    _, total, o = lax.fori_loop(0, count, visit, (*_start(sinks, shape), jnp.zeros((*shape, width))))
     return (o / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).transpose(0, 3, 1, 2, 4).astype(q.dtype)
 
 
@@ -135,17 +177,19 @@ def attention_cudnn(
     *,
     scale: float,
     window: int | None = None,
+    aligned: bool = False,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """The reference's attention through cuDNN's fused kernel, for chunks; few queries take the reference.
 
     A first chunk, whose keys are all its own, is plain causal attention; a later one needs the mask as a bias, and
-    visits every slot. Operands must be bf16 or f16, see `default_ops`; heads that cuDNN does not know, wider
-    than 256 or no multiple of 8, take the reference. A row's tokens must be consecutive and end the chunk, as
-    `left_pad` lays them.
+    visits every slot. Operands must be bf16 or f16, see `default_ops`; what cuDNN does not know takes the
+    reference, a tile at a time: heads wider than 256 or no multiple of 8, sinks, aligned windows. A row's tokens must
+    be consecutive and end the chunk, as `left_pad` lays them.
     """
     b, t, kv_heads, group, width = q.shape
-    if t <= FEW or width > 256 or width % 8:
-        return attention_reference(q, cache, layer, pos, scale=scale, window=window)
+    if t <= FEW or width > 256 or width % 8 or aligned or sinks is not None:
+        return attention_tiles(q, cache, layer, pos, scale=scale, window=window, aligned=aligned, sinks=sinks)
     heads = q.reshape(b, t, kv_heads * group, width)
     attend = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
 

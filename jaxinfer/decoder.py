@@ -1,0 +1,123 @@
+"""The pre-norm decoder that most architectures are: x += mixer(norm(x)); x += ffn(norm(x)), layer by layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxinfer import segments
+from jaxinfer.layers.attention import AttentionParams, AttentionSpec, attention
+from jaxinfer.layers.delta import DeltaParams, DeltaSpec, delta
+from jaxinfer.layers.mlp import MlpParams, mlp, silu_gate
+from jaxinfer.layers.moe import MoeParams, MoeSpec, moe
+from jaxinfer.layers.norm import rms_norm
+from jaxinfer.ops import Ops
+from jaxinfer.ops.experts import Activation
+from jaxinfer.quants import Weight, dense, rows
+from jaxinfer.tree import Index, pytree, static
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    layers: int
+    width: int
+    vocab: int
+    context: int  # tokens that the model was trained for
+    eps: float
+    dtype: np.dtype  # of activations
+    mixers: tuple[tuple[str, AttentionSpec | DeltaSpec], ...]  # by kind of layer
+    moe: MoeSpec | None = None
+    activation: Activation = silu_gate  # of feed-forward layers without experts
+    embedding_scale: float = 1.0
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+
+    def mixer(self, kind: str) -> AttentionSpec | DeltaSpec:
+        return dict(self.mixers)[kind]
+
+
+@pytree
+class LayerParams:
+    norm: Array  # [R, D]
+    mixer: AttentionParams | DeltaParams
+    ffn_norm: Array  # [R, D]
+    ffn: MlpParams | MoeParams
+    post_norm: Array | None = None  # [R, D], of the mixer's output
+    ffn_post_norm: Array | None = None  # [R, D]
+    kind: str = static(default="full")  # which of the config's mixers
+
+
+@pytree
+class Params:
+    embedding: Weight  # [V, D]
+    layers: tuple[segments.Segment, ...]  # of LayerParams
+    norm: Array  # [D]
+    head: Weight | None  # [V, D]; None: the embedding serves as the head
+    head_bias: Array | None = None  # [V]
+    draft: Any = None  # a block that predicts the token after next, where the file has one
+
+
+def init_cache(params: Params, batch: int, slots: int, chunk: int, config: Config, dtype: np.dtype) -> Any:
+    """The caches of all layers, in the structure of the segments."""
+    return tuple(
+        tuple(config.mixer(layer.kind).cache(s.repeats, batch, slots, chunk, dtype) for layer in s.layers)
+        for s in params.layers
+    )
+
+
+def forward(
+    params: Params, tokens: Int[Array, "B T"], pos: Int[Array, "B T"], cache: Any, config: Config, ops: Ops
+) -> tuple[Float[Array, "B T D"], Any]:
+    """All layers, on tokens at their positions (below zero: padding). Returns (x before the last norm, cache)."""
+
+    def step(p: LayerParams, i: Index, x: Array, held: Any) -> tuple[Array, Any]:
+        return layer(p, i, x, pos, held, config, ops)
+
+    return segments.run(params.layers, cache, embed(params.embedding, tokens, config), step)
+
+
+def embed(embedding: Weight, tokens: Int[Array, "B T"], config: Config) -> Float[Array, "B T D"]:
+    x = dense(rows(embedding, tokens), jnp.float32) * config.embedding_scale
+    return x.astype(config.dtype)
+
+
+def layer(
+    p: LayerParams,
+    i: Index,
+    x: Float[Array, "B T D"],
+    pos: Int[Array, "B T"],
+    cache: Any,
+    config: Config,
+    ops: Ops,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """One layer of either kind: x += mixer(norm(x)); x += ffn(norm(x)), each normed again where it has a post norm."""
+    spec: Any = config.mixer(p.kind)
+    mix: Callable[..., Any] = delta if isinstance(spec, DeltaSpec) else attention
+    y, cache = mix(p.mixer, i, rms_norm(x, p.norm[i], config.eps), pos, cache, spec, ops)
+    x = x + (y if p.post_norm is None else rms_norm(y, p.post_norm[i], config.eps))
+    y = feed_forward(p.ffn, i, rms_norm(x, p.ffn_norm[i], config.eps), pos, config, ops)
+    return x + (y if p.ffn_post_norm is None else rms_norm(y, p.ffn_post_norm[i], config.eps)), cache
+
+
+def feed_forward(
+    p: MlpParams | MoeParams, i: Index, x: Float[Array, "B T D"], pos: Int[Array, "B T"], config: Config, ops: Ops
+) -> Float[Array, "B T D"]:
+    if isinstance(p, MlpParams):
+        return mlp(p, i, x, config.activation, ops)
+    assert config.moe is not None
+    return moe(p, i, x, pos, config.moe, ops)
+
+
+def logits(params: Params, x: Float[Array, "B T D"], config: Config, ops: Ops) -> Float[Array, "B T V"]:
+    """Scores of every token of the vocabulary, f32."""
+    return head(params, rms_norm(x, params.norm, config.eps), config, ops)
+
+
+def head(params: Params, x: Float[Array, "B T D"], config: Config, ops: Ops) -> Float[Array, "B T V"]:
+    """Scores from what the last norm made."""
+    y = ops.matmul(x, params.embedding if params.head is None else params.head, dtype=jnp.float32)
+    if params.head_bias is not None:
+        y = y + params.head_bias.astype(jnp.float32)
+    return y if config.softcap is None else config.softcap * jnp.tanh(y / config.softcap)

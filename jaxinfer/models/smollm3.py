@@ -1,0 +1,14 @@
+"""SmolLM3: Llama without rope in every fourth layer."""
+
+import numpy as np
+
+from jaxinfer.decoder import Config, Params, forward, init_cache, logits
+from jaxinfer.loader import Weights
+from jaxinfer.metadata import Metadata
+from jaxinfer.reading import decoder
+
+__all__ = ["Config", "Params", "forward", "init_cache", "load", "logits"]
+
+
+def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config, Params]:
+    return decoder(metadata, weights, dtype, interleaved=True, rotated=lambda i: i % 4 != 3)
