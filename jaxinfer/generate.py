@@ -135,7 +135,7 @@ def plan(
         if longest >= ctx:
             fits = f"the longest prompt that fits has {max(0, ctx - max_tokens)} tokens"
         raise ValueError(f"a prompt of {longest} tokens and {max_tokens=} exceed the context of {ctx} tokens: {fits}")
-    chunk = chunk or (512 if device_of(params).platform == "cpu" else 2048)
+    chunk = chunk or default_chunk(device_of(params))
     return Run(
         model=model,
         params=params,
@@ -294,6 +294,11 @@ class StopText:
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` begin `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def default_chunk(device: Device) -> int:
+    """Tokens of a prompt that are prefilled at a time, unless told."""
+    return 512 if device.platform == "cpu" else 2048
 
 
 def device_of(params: Any) -> Device:

@@ -21,12 +21,18 @@ from jaxinfer.metadata import Metadata
 from jaxinfer.ops.experts import Activation, ExpertParams
 
 
-def config(metadata: Metadata, weights: Weights, dtype: np.dtype, **own: Any) -> Config:
-    """The numbers that every architecture has, and an architecture's own."""
+def blocks(metadata: Metadata, weights: Weights) -> int:
+    """How many layers the file says it has: no more than tensors, so that a claim costs nothing."""
+    return metadata.whole("block_count", most=len(weights))
+
+
+def config(metadata: Metadata, weights: Weights, dtype: np.dtype, *, drafts: int = 0, **own: Any) -> Config:
+    """The numbers that every architecture has, and an architecture's own; the last `drafts` blocks are no layers."""
     metadata.refuse("attention.causal", True)
+    metadata.refuse("nextn_predict_layers", drafts)
     metadata.get("vocab_size", None)
     common = {
-        "layers": metadata.whole("block_count", most=len(weights)),
+        "layers": blocks(metadata, weights) - drafts,
         "width": metadata.whole("embedding_length"),
         "vocab": weights.length("token_embd.weight"),
         "context": metadata.whole("context_length"),
@@ -69,7 +75,7 @@ def attention_spec(
     if kv_heads is None:
         kv_heads = metadata.whole("attention.head_count_kv", heads)
     if heads % kv_heads:
-        raise metadata.wrong("attention.head_count", heads, f"a multiple of the {kv_heads} heads of keys and values")
+        raise metadata.wrong("attention.head_count", heads, f"a multiple of attention.head_count_kv, {kv_heads}")
     key = f"attention.key_length{suffix}"
     head = metadata.whole(key, width or metadata.whole("embedding_length") // heads, most=2**16)
     if head % 2:
@@ -159,7 +165,7 @@ def decoder(
             metadata.refuse(key, 0)
         ffn = metadata.whole("feed_forward_length")
     mixers = {"full": spec, "unrotated": replace(spec, rope=None)}
-    kinds = ["full" if rotated(i) else "unrotated" for i in range(metadata.whole("block_count"))]
+    kinds = ["full" if rotated(i) else "unrotated" for i in range(blocks(metadata, weights))]
     own = {"mixers": tuple((kind, mixers[kind]) for kind in sorted(set(kinds))), "moe": moe}
     whole = config(metadata, weights, dtype, **own)
     d = whole.width

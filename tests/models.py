@@ -225,15 +225,22 @@ def rotate(x: np.ndarray, pos: np.ndarray, theta: np.ndarray, magnitude: float, 
     return out
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, scale: float) -> np.ndarray:
-    """Attention of q [T, N, H] to k, v [S, K, H], query by query and head by head; zeros where nothing is seen."""
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, scale: float, sinks: np.ndarray | None = None
+) -> np.ndarray:
+    """Attention of q [T, N, H] to k, v [S, K, H], query by query and head by head; zeros where nothing is seen.
+
+    A head's sink is the score of one more key, whose value is zero.
+    """
     out = np.zeros(q.shape)
     group = q.shape[1] // k.shape[1]
     for t, head in np.ndindex(q.shape[:2]):
         if seen[t].any():
             scores = k[seen[t], head // group] @ q[t, head] * scale
-            e = np.exp(scores - scores.max())
-            out[t, head] = e / e.sum() @ v[seen[t], head // group]
+            e, sink = np.exp(scores - scores.max()), 0.0
+            if sinks is not None:
+                sink = np.exp(sinks[head] - scores.max())
+            out[t, head] = e / (e.sum() + sink) @ v[seen[t], head // group]
     return out
 
 

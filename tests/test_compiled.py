@@ -5,6 +5,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,12 @@ from jaxinfer import Model, Sampler, engine
 from jaxinfer.decoder import Config, LayerParams, Params
 from jaxinfer.layers.attention import AttentionParams, AttentionSpec
 from jaxinfer.layers.linear import Linear
-from jaxinfer.layers.mlp import MlpParams
+from jaxinfer.layers.mlp import MlpParams, silu_gate
+from jaxinfer.layers.moe import MoeParams, MoeSpec, softmax_renormalised
 from jaxinfer.layers.rope import Rope, frequencies
 from jaxinfer.models import qwen3
 from jaxinfer.ops import GPU
+from jaxinfer.ops.experts import ExpertParams
 from jaxinfer.segments import Segment
 
 MOVES = {"copy", "transpose", "copy-done", "concatenate", "pad"}
@@ -53,8 +56,8 @@ def executed(text: str) -> list[tuple[str, int, str]]:
 
 
 def check_caches_stay(text: str, cache) -> None:
-    """No instruction moves as many elements as a layer position's whole stack of keys has."""
-    stack = cache[0][0].k.size
+    """No instruction moves as many elements as the largest stack of caches has."""
+    stack = max(a.size for a in jax.tree.leaves(cache))
     assert not [line for opcode, size, line in executed(text) if opcode in MOVES and size >= stack]
     assert "input_output_alias" in text
 
@@ -83,29 +86,36 @@ def lowered(model, params, cache, tokens: int, sharding=None):
     )
 
 
-@pytest.mark.parametrize("expand", [False, True])
-def test_on_a_cpu_no_cache_is_copied(expand):
-    model, params, _ = jaxinfer.load(model_path("qwen3"), expand=expand)
+@pytest.mark.parametrize(
+    ("name", "expand"),
+    [("qwen3", False), ("qwen3", True), ("qwen3moe", False), ("gemma4-e", False), ("qwen35", False)],
+)
+def test_on_a_cpu_no_cache_is_copied(name, expand):
+    model, params, _ = jaxinfer.load(model_path(name), expand=expand)
     # Long enough that a cache's stack is larger than anything else that a chunk of 16 tokens makes.
     cache = jax.eval_shape(lambda: model.init_cache(params, 1, 4096, chunk=16))
     for program in lowered(model, params, cache, 16):
         check_caches_stay(program.compile().as_text(), cache)
 
 
-def qwen3_8b(sharding) -> tuple[Model, Params]:
-    """The published shape in bf16, as shapes alone."""
-    layers, d, heads, kv_heads, head, ffn, vocab = 36, 4096, 32, 8, 128, 12288, 151936
+def published(sharding, *, layers: int, d: int, kv_heads: int, ffn: int, experts: int = 0) -> tuple[Model, Params]:
+    """Qwen3-8B or, with 8 of `experts` for each token, Qwen3-30B-A3B in bf16, as shapes alone."""
+    heads, head, vocab = 32, 128, 151936
 
-    def w(*dims: int, dtype=jnp.bfloat16):
+    def w(*dims: int, dtype=jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
-    def linear(out: int, into: int) -> Linear:
-        return Linear(w(layers, out, into))  # pyright: ignore[reportArgumentType]
+    def linear(out: int, into: int, dtype=jnp.bfloat16) -> Linear:
+        return Linear(w(layers, out, into, dtype=dtype))
 
     f32 = jnp.float32
     q, kv = heads * head, kv_heads * head
+    network = MlpParams(linear(ffn, d), linear(ffn, d), linear(d, ffn))
+    if experts:
+        stacks = (w(layers, experts, *shape) for shape in ((ffn, d), (ffn, d), (d, ffn)))
+        network = MoeParams(linear(experts, d, f32), ExpertParams(*stacks))
     layer = LayerParams(
-        w(layers, d, dtype=f32),  # pyright: ignore[reportArgumentType]
+        w(layers, d, dtype=f32),
         AttentionParams(
             linear(q, d),
             linear(kv, d),
@@ -114,8 +124,8 @@ def qwen3_8b(sharding) -> tuple[Model, Params]:
             w(layers, head, dtype=f32),
             w(layers, head, dtype=f32),
         ),
-        w(layers, d, dtype=f32),  # pyright: ignore[reportArgumentType]
-        MlpParams(linear(ffn, d), linear(ffn, d), linear(d, ffn)),
+        w(layers, d, dtype=f32),
+        network,
     )
     spec = AttentionSpec(
         kv_heads=kv_heads,
@@ -132,14 +142,15 @@ def qwen3_8b(sharding) -> tuple[Model, Params]:
         context=40960,
         eps=1e-6,
         mixers=(("full", spec),),
+        moe=MoeSpec(used=8, routing=softmax_renormalised, activation=silu_gate) if experts else None,
         dtype=np.dtype(jnp.bfloat16),
     )
-    params = Params(w(vocab, d), (Segment((layer,), layers),), w(d, dtype=f32), w(vocab, d), None)  # pyright: ignore
+    params = Params(w(vocab, d), (Segment((layer,), layers),), w(d, dtype=f32), w(vocab, d), None)
     return Model(qwen3, config, GPU), params  # pyright: ignore[reportArgumentType]
 
 
 def check_gpu_programs(sharding) -> None:
-    model, params = qwen3_8b(sharding)
+    model, params = published(sharding, layers=36, d=4096, kv_heads=8, ffn=12288)
     cache = jax.eval_shape(lambda: model.init_cache(params, 1, 2304, chunk=2048))
     prefill, decode = (program.compile().as_text() for program in lowered(model, params, cache, 2048, sharding))
     check_caches_stay(prefill, cache)
@@ -152,17 +163,35 @@ def check_gpu_programs(sharding) -> None:
     assert len(re.findall(r"cudnn\$fmha", prefill)) == 2  # one for a first chunk, one for a later one
 
 
+def check_gpu_programs_of_experts(sharding) -> None:
+    experts, d, ffn = 128, 2048, 768
+    model, params = published(sharding, layers=48, d=d, kv_heads=4, ffn=ffn, experts=experts)
+    cache = jax.eval_shape(lambda: model.init_cache(params, 1, 2304, chunk=2048))
+    prefill, decode = (program.compile().as_text() for program in lowered(model, params, cache, 2048, sharding))
+    check_caches_stay(prefill, cache)
+    check_caches_stay(decode, cache)
+    # Decoding makes no expert's weights, prefill no more than one expert's beside the outputs of all its choices.
+    made = {name: [x for x in executed(t) if x[0] not in PLACES] for name, t in (("p", prefill), ("d", decode))}
+    assert not [x for x in made["d"] if x[0] != "scatter" and x[1] >= d * ffn]
+    assert not [x for x in made["p"] if x[0] != "scatter" and x[1] >= experts * d * ffn]
+
+
+every_check = pytest.mark.parametrize("check", [check_gpu_programs, check_gpu_programs_of_experts])
+
+
 @pytest.mark.skipif(
     not importlib.util.find_spec("jax_cuda13_plugin") or os.environ.get("JAX_PLATFORMS") != "cpu",
     reason="needs the wheels of the extra cuda13, and JAX_PLATFORMS=cpu where there is no GPU",
 )
-def test_compiled_for_a_gpu_that_is_not_there():
+@every_check
+def test_compiled_for_a_gpu_that_is_not_there(check):
     target = (Path(__file__).parent / "data/h200.txt").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
-    check_gpu_programs(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    check(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 @pytest.mark.gpu
-def test_compiled_on_a_gpu():
-    check_gpu_programs(None)
+@every_check
+def test_compiled_on_a_gpu(check):
+    check(None)

@@ -9,26 +9,23 @@ from functools import cache
 
 import goldens
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from goldens import PROMPTS
 
 import jaxinfer
-from jaxinfer import REFERENCE, Loaded, Ops, Sampler, gguf
-from jaxinfer.loader import architectures
+from jaxinfer import REFERENCE, Loaded, Ops, Sampler, engine
+from jaxinfer.layers.norm import rms_norm
 from jaxinfer.quants import FORMATS, Packed
-
-
-@cache
-def architecture(name: str) -> str:
-    return gguf.read(goldens.model_path(name)).metadata["general.architecture"].replace("-", "_")
 
 
 def model(prompt: str) -> str:
     return prompt.split(".")[0]
 
 
-PROMPTS = [p for p in goldens.PROMPTS if architecture(model(p)) in architectures()]
 F32 = [p for p in PROMPTS if model(p) in goldens.F32]
+DRAFTING = [p for p in PROMPTS if "mtp" in p]
 
 
 @cache
@@ -36,10 +33,11 @@ def load(prompt: str, expand: bool = False, ops: Ops | None = None) -> Loaded:
     return jaxinfer.load(goldens.model_path(model(prompt)), expand=expand, ops=ops)
 
 
-def check(prompt: str, logits: np.ndarray) -> None:
+def check(prompt: str, logits: np.ndarray, drafted: bool = False) -> None:
     """Ten times the worst float noise that llama.cpp shows against itself, see goldens/README.md."""
     golden = goldens.golden(prompt)
-    got, want = logits[golden.positions], golden.logits
+    got, want = logits[golden.positions], golden.mtp_logits if drafted else golden.logits
+    assert want is not None
     assert np.abs(got - want).max() <= 3e-3
     assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
 
@@ -78,3 +76,34 @@ def test_greedy_tokens(prompt):
     golden, options = goldens.golden(prompt), {"max_tokens": 16, "ignore_eos": True, "ctx": 4096}
     pieces = jaxinfer.stream(*load(prompt, expand=True), golden.tokens, sampler=Sampler.greedy(), **options)
     assert [piece.token for piece in pieces] == golden.greedy_tokens
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("prompt", DRAFTING)
+def test_drafts(prompt, chunk):
+    """A draft sees the hidden state of the token before, which may be the last of the chunk before."""
+    model, params, _ = load(prompt)
+    arch, config, ops = model.arch, model.config, model.ops
+    ids = goldens.golden(prompt).tokens
+    held = model.init_cache(params, 1, 256, chunk=chunk)
+    drafts = arch.init_draft_cache(params, 1, 256, chunk, config, config.dtype)
+
+    @jax.jit
+    def step(params, tokens, pos, last, held, drafts):
+        x, held = model.forward(params, tokens, pos, held)
+        hidden = jnp.where(pos[..., None] < 0, 0, rms_norm(x, params.norm, config.eps))
+        before = jnp.concatenate([last, hidden[:, :-1]], axis=1)
+        y, drafts = arch.draft(params, tokens, before, pos, drafts, config, ops)
+        return arch.draft_logits(params, y, config, ops), hidden[:, -1:], held, drafts
+
+    last, out = jnp.zeros((1, 1, config.width)), []
+    tokens, pos = engine.left_pad([ids], chunk)
+    for i in range(0, tokens.shape[1], chunk):
+        t, p = tokens[:, i : i + chunk], pos[:, i : i + chunk]
+        logits, last, held, drafts = step(params, t, p, last, held, drafts)
+        out.append(np.asarray(logits[0]))
+    check(prompt, np.concatenate(out)[-len(ids) :], drafted=True)
+
+
+def test_every_model_and_every_way_is_there():
+    assert (len(goldens.MODELS), len(PROMPTS), len(F32), len(DRAFTING)) == (59, 71, 32, 2)

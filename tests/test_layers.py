@@ -14,7 +14,7 @@ from models import Spec, angles, attend, rms_norm, rotate, silu
 from jaxinfer import cache, ops
 from jaxinfer.layers.attention import AttentionParams, AttentionSpec, attention
 from jaxinfer.layers.linear import Linear, linear
-from jaxinfer.layers.mlp import MlpParams, swiglu
+from jaxinfer.layers.mlp import MlpParams, mlp, silu_gate
 from jaxinfer.layers.norm import rms_norm as jax_rms_norm
 from jaxinfer.layers.rope import Rope, Yarn, frequencies, rope, yarn_frequencies, yarn_magnitude
 
@@ -136,7 +136,7 @@ def test_swiglu():
     x, gate, up, down = normal(2, 3, 20), *(normal(2, 36, 20, seed=s) for s in (1, 2)), normal(2, 20, 36, seed=3)
     bias = normal(2, 36, seed=4)
     p = MlpParams(Linear(jnp.asarray(gate), jnp.asarray(bias)), Linear(jnp.asarray(up)), Linear(jnp.asarray(down)))
-    got = jax.jit(lambda p, x: swiglu(p, 1, x, REFERENCE))(p, x)
+    got = jax.jit(lambda p, x: mlp(p, 1, x, silu_gate, REFERENCE))(p, x)
     wide, g, u, d = (a.astype(np.float64) for a in (x, gate[1], up[1], down[1]))
     want = (silu(wide @ g.T + bias[1]) * (wide @ u.T)) @ d.T
     assert np.abs(got - want).max() <= 20 * ULP * np.abs(want).max()  # sums of 20, 20 and 36 terms

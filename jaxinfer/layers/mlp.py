@@ -24,10 +24,6 @@ def mlp(
     return linear(p.down, layer, activation(linear(p.gate, layer, x, ops), linear(p.up, layer, x, ops)), ops)
 
 
-def swiglu(p: MlpParams, layer: Index, x: Float[Array, "B T D"], ops: Ops) -> Float[Array, "B T D"]:
-    return mlp(p, layer, x, silu_gate, ops)
-
-
 # Each takes a gate and what it gates, and computes in f32.
 
 

@@ -6,7 +6,7 @@ from jaxinfer.decoder import Config, LayerParams, Params, forward, init_cache, l
 from jaxinfer.layers.mlp import gelu_gate
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
-from jaxinfer.reading import Block, attention_spec, config, params, rope
+from jaxinfer.reading import Block, attention_spec, blocks, config, params, rope
 
 __all__ = ["Config", "Params", "forward", "init_cache", "load", "logits"]
 
@@ -14,7 +14,7 @@ LARGEST = 62  # layers of the model with 27B parameters, which scales scores in 
 
 
 def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config, Params]:
-    layers, d = metadata.whole("block_count"), metadata.whole("embedding_length")
+    layers, d = blocks(metadata, weights), metadata.whole("embedding_length")
     for key in ("expert_count", "attn_logit_softcapping"):
         metadata.refuse(key, 0)
     own = {"scale": (d // metadata.whole("attention.head_count")) ** -0.5} if layers == LARGEST else {}

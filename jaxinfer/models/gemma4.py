@@ -24,7 +24,7 @@ from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
 from jaxinfer.ops import Ops
 from jaxinfer.quants import Weight, dense, rows
-from jaxinfer.reading import Block, attention_spec, config, moe_spec, params, rope
+from jaxinfer.reading import Block, attention_spec, blocks, config, moe_spec, params, rope
 from jaxinfer.tree import Index, pytree, static
 
 __all__ = ["Config", "Params", "forward", "init_cache", "load", "logits"]
@@ -85,7 +85,7 @@ class Params(decoder.Params):
 
 
 def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config, Params]:
-    layers, d = metadata.whole("block_count", most=len(weights)), metadata.whole("embedding_length")
+    layers, d = blocks(metadata, weights), metadata.whole("embedding_length")
     shared = metadata.whole("attention.shared_kv_layers", 0, least=0, most=layers - 1)
     sliding = metadata.flags("attention.sliding_window_pattern", layers)
     kinds = ["sliding" if local else "full" for local in sliding]

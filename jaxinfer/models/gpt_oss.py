@@ -9,13 +9,13 @@ from jaxinfer.layers.mlp import clamped_gate
 from jaxinfer.layers.moe import softmax_of_chosen
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
-from jaxinfer.reading import Block, attention_spec, config, moe_spec, params, rope
+from jaxinfer.reading import Block, attention_spec, blocks, config, moe_spec, params, rope
 
 __all__ = ["Config", "Params", "forward", "init_cache", "load", "logits"]
 
 
 def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config, Params]:
-    layers = metadata.whole("block_count")
+    layers = blocks(metadata, weights)
     full = attention_spec(metadata, rope(metadata, interleaved=False))
     turn = rope(metadata, interleaved=False, suffix="_swa", base=metadata.number("rope.freq_base", 10000.0))
     sliding = attention_spec(metadata, turn, window=metadata.whole("attention.sliding_window"))

@@ -18,6 +18,7 @@ LARGEST = 128  # experts of the model that has no norms of q and k
 def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config, Params]:
     metadata.refuse("attention.sliding_window", BLOCK)
     metadata.refuse("attention.chunk_size", BLOCK)
+    metadata.refuse("attention.sliding_window_pattern", 4)
     moe, experts = moe_spec(metadata, sigmoid_of_chosen, weigh_inputs=True), metadata.whole("expert_count")
     turn = rope(metadata, interleaved=True, divisors=lambda pairs: weights.values("rope_freqs.weight", pairs))
     normed = experts != LARGEST

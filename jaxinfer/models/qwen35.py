@@ -14,11 +14,12 @@ from jaxinfer.layers.linear import Linear, linear
 from jaxinfer.layers.mlp import MlpParams
 from jaxinfer.layers.moe import MoeParams, MoeSpec
 from jaxinfer.layers.norm import rms_norm
+from jaxinfer.layers.rope import Rope
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
 from jaxinfer.ops import Ops
 from jaxinfer.quants import Weight
-from jaxinfer.reading import Block, attention_spec, config, params, rope
+from jaxinfer.reading import Block, attention_spec, blocks, config, params, rope
 from jaxinfer.segments import Segment
 from jaxinfer.tree import pytree
 
@@ -54,18 +55,16 @@ def load_hybrid(
     grouped: bool = False,
 ) -> tuple[Config, Params]:
     """A hybrid whose feed-forward layers `feed_forward` reads; `grouped` is how value heads share key heads."""
-    sections = metadata.get("rope.dimension_sections", None)  # of images: for text they are one rotation
-    if sections is not None and np.shape(sections) != (4,):
-        raise metadata.wrong("rope.dimension_sections", sections, "four whole numbers")
-    blocks, drafts = metadata.whole("block_count"), metadata.whole("nextn_predict_layers", 0, least=0, most=1)
-    if drafts >= blocks:
-        raise metadata.wrong("nextn_predict_layers", drafts, f"below block_count, {blocks}")
-    full = attention_spec(metadata, rope(metadata, interleaved=False), gated=True)
+    count, drafts = blocks(metadata, weights), metadata.whole("nextn_predict_layers", 0, least=0, most=1)
+    if drafts >= count:
+        raise metadata.wrong("nextn_predict_layers", drafts, f"below block_count, {count}")
+    turn = rope(metadata, interleaved=False)
+    full = attention_spec(metadata, lambda head: _one_rotation(metadata, turn(head)), gated=True)
     delta = delta_spec(metadata, grouped=grouped)
-    recurrent = metadata.flags("full_attention_interval", blocks, 4)
-    recurrent = metadata.flags("attention.recurrent_layers", blocks, np.array(recurrent))
-    whole = config(metadata, weights, dtype, mixers=(("delta", delta), ("full", full)), moe=moe)
-    whole, d = replace(whole, layers=blocks - drafts), whole.width
+    recurrent = metadata.flags("full_attention_interval", count, 4)
+    recurrent = metadata.flags("attention.recurrent_layers", count, np.array(recurrent))
+    whole = config(metadata, weights, dtype, drafts=drafts, mixers=(("delta", delta), ("full", full)), moe=moe)
+    d = whole.width
 
     def read(block: Block, i: int) -> LayerParams:
         linear_attention = recurrent[i] and i < whole.layers
@@ -78,6 +77,24 @@ def load_hybrid(
         )
 
     return whole, params(weights, whole, read, draft=_draft(weights, whole, read) if drafts else None)
+
+
+def _one_rotation(metadata: Metadata, turn: Rope) -> Rope:
+    """The rotation of text. The file divides its pairs among an image's time, height, width, and a fourth position.
+
+    The first three are a token's position where it is text, the fourth is 0: no pair may be turned by that.
+    """
+    key = "rope.dimension_sections"
+    sections = metadata.get(key, None)
+    if sections is None:
+        return turn
+    if not isinstance(sections, np.ndarray) or sections.shape != (4,) or sections.dtype.kind not in "iu":
+        raise metadata.wrong(key, sections, "four whole numbers")
+    parts, pairs = sections.tolist(), range(len(turn.frequencies))
+    total = sum(parts)
+    if min(parts) < 0 or total < 1 or any(pair % total >= 3 * parts[pair % total % 3] for pair in pairs):
+        raise metadata.wrong(key, sections, f"sections that leave none of the {len(pairs)} pairs to the fourth")
+    return turn
 
 
 def delta_spec(metadata: Metadata, *, grouped: bool) -> DeltaSpec:
