@@ -144,7 +144,7 @@ def decoder(
 GEMMA = vectors("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 
 
-def gemma3(keys: Mapping[str, Any] | None = None, *, layers: int = 4) -> File:
+def gemma3(keys: Mapping[str, Any] | None = None, *, layers: int = 2) -> File:
     own = {"attention.sliding_window": 5, "rope.freq_base": 1e6}
     return build("gemma3", layers, lambda i: GEMMA | attention() | mlp(), own, keys)
 
@@ -162,7 +162,7 @@ def gemma4(
     mixture: int = 0,
     ffn: tuple[int, ...] = (),
 ) -> File:
-    """`kv_heads` are of (sliding, full) layers; the last `shared` have no keys; `inputs` is the width of the layers'."""
+    """`kv_heads` are of sliding and full layers; the last `shared` have no keys; `inputs` is the layers' own width."""
 
     def layer(i: int) -> Shapes:
         head, kv = (HEAD, kv_heads[0]) if sliding[i] else (WIDE, kv_heads[1])

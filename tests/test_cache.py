@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from jaxinfer.cache import KVCache, empty, write
+from jaxinfer.cache import KVCache, empty, ring_slots, write
 from jaxinfer.ops.attention import visible
 
 write_jit = jax.jit(write, donate_argnums=0)
@@ -131,13 +131,13 @@ def write_and_look(cache: KVCache, pos, window):
     return cache, jnp.where(seen, cache.k[0, :, 0, None, :, 0], -1)
 
 
-def lost_keys(window: int, chunk: int, slots: int, turns: list[list[int]]) -> int:
+def lost_keys(window: int, chunk: int, slots: int, turns: list[list[int]], cache: KVCache | None = None) -> int:
     """Runs turns of some tokens a row, each padded on the left to whole chunks; counts (query, key) pairs that differ.
 
     Every query must see the keys of the `window` positions up to its own, and nothing else.
     """
     batch = len(turns[0])
-    cache, done, lost = empty(1, batch, 1, slots, 1, jnp.float32), np.zeros(batch, int), 0
+    cache, done, lost = cache or empty(1, batch, 1, slots, 1, jnp.float32), np.zeros(batch, int), 0
     for turn in turns:
         width = -(-max(turn) // chunk) * chunk
         pos = np.full((batch, width), -1)
@@ -177,3 +177,22 @@ def test_a_chat_of_padded_turns_in_a_ring():
     turns = [[300], [37], [512], [1], [256], [700], [5]]
     assert lost_keys(512, 256, 767, turns) == 0
     assert lost_keys(512, 256, 766, turns) > 0
+
+
+@pytest.mark.parametrize(
+    ("window", "chunk", "slots"),
+    [(1, 1, 256), (16, 64, 256), (512, 1, 640), (512, 129, 768), (512, 130, 896), (1024, 2048, 3200)],
+)
+def test_the_ring_of_a_window_is_whole_blocks_and_one_to_spare(window, chunk, slots):
+    assert ring_slots(window, chunk) == slots
+    ring = empty(1, 1, 1, 10**5, 1, jnp.float32, window=window, chunk=chunk)
+    assert (ring.k.shape[3], ring.chunk) == (slots, chunk)
+    assert empty(1, 1, 1, 100, 1, jnp.float32, window=window, chunk=chunk).k.shape[3] == 100  # never wraps
+    assert empty(1, 1, 1, 10**5, 1, jnp.float32, chunk=chunk).k.shape[3] == 10**5
+
+
+def test_a_ring_made_for_a_window_loses_nothing_and_refuses_longer_calls():
+    ring = empty(1, 1, 1, 10**5, 1, jnp.float32, window=20, chunk=48)
+    assert lost_keys(20, 48, 0, [[300], [5], [170]], ring) == 0
+    with pytest.raises(ValueError, match="a call of 49 tokens, but this cache was made for 48 at a time"):
+        put(empty(1, 1, 1, 10**5, 1, jnp.float32, window=20, chunk=48), 0, np.arange(49)[None])

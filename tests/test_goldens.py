@@ -15,7 +15,7 @@ import pytest
 from goldens import PROMPTS
 
 import jaxinfer
-from jaxinfer import REFERENCE, Loaded, Ops, Sampler, engine
+from jaxinfer import GPU, REFERENCE, Loaded, Ops, Sampler, engine
 from jaxinfer.layers.norm import rms_norm
 from jaxinfer.quants import FORMATS, Packed
 
@@ -103,6 +103,14 @@ def test_drafts(prompt, chunk):
         logits, last, held, drafts = step(params, t, p, last, held, drafts)
         out.append(np.asarray(logits[0]))
     check(prompt, np.concatenate(out)[-len(ids) :], drafted=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_on_a_gpu(prompt):
+    model, params, _ = jaxinfer.load(goldens.model_path(prompt.split(".")[0]), dtype="float32")
+    assert model.ops.experts is GPU.experts
+    check(prompt, jaxinfer.score(model, params, goldens.golden(prompt).tokens, chunk=64))
 
 
 def test_every_model_and_every_way_is_there():

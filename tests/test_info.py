@@ -53,7 +53,9 @@ GEMMA4 = {  # the last 24 of 32 pairs of full attention are divided by 1e30
     "full": f"8 pairs of halves (24 more stand still), 1 to {1e6 ** (-14 / 64):.3g} radians a token",
     "sliding": turn(32, 1e4),
 }
-YARN = f"16 pairs of halves, 1 to {150000 ** (-30 / 32) / 32:.3g} radians a token, magnitude {1 + math.log(32) / 10:.4g}"
+YARN = (
+    f"16 pairs of halves, 1 to {150000 ** (-30 / 32) / 32:.3g} radians a token, magnitude {1 + math.log(32) / 10:.4g}"
+)
 
 GOLDENS = {
     "llama": Facts(

@@ -92,3 +92,34 @@ def test_unread_names_what_nobody_asked_for():
     m.refuse("e", 0)
     m.text("f")
     assert m.unread() == ["llama.a", "llama.b"]
+
+
+def test_a_whole_number_for_each_layer():
+    assert of(x=4).wholes("x", 3) == (4, 4, 4)
+    assert of().wholes("x", 2, 5) == (5, 5)
+    assert of(x=np.array([1, 2, 3], np.int32)).wholes("x", 3) == (1, 2, 3)
+    assert of(x=np.array([0, 2])).wholes("x", 2, least=0) == (0, 2)
+
+
+@pytest.mark.parametrize("value", [[1, 2], [1, 2, 0], [1, 2, 2**31], [1.0, 2.0, 3.0], [True, True, True]], ids=repr)
+def test_whole_numbers_for_each_layer_are_refused(value):
+    with pytest.raises(
+        ValueError, match=r"m\.gguf: llama\.x is .*, but must be 3 whole numbers from 1 on, one for each"
+    ):
+        of(x=np.array(value)).wholes("x", 3)
+
+
+def test_true_or_false_for_each_layer():
+    assert of(x=np.array([True, False, True])).flags("x", 3) == (True, False, True)
+    assert of(x=np.array([0, 1, 1], np.uint32)).flags("x", 3) == (False, True, True)
+    assert of(x=3).flags("x", 7) == (True, True, False) * 2 + (True,)
+    assert of(x=1).flags("x", 2) == (False, False)
+    assert of().flags("x", 4, 2) == (True, False, True, False)
+
+
+@pytest.mark.parametrize(
+    "value", [np.array([1, 0]), np.array([1, 0, 2]), np.array([0.5, 0, 1]), 0, "1", True], ids=repr
+)
+def test_flags_are_refused(value):
+    with pytest.raises(ValueError, match=r"m\.gguf: llama\.x is .*, but must be"):
+        of(x=value).flags("x", 3)

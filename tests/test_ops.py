@@ -19,7 +19,11 @@ from jaxinfer.ops import attention as attention_ops
 from jaxinfer.ops import matmul as matmul_ops
 from jaxinfer.quants import FORMATS, PLAIN, pack
 
-ATTENTIONS = {"reference": attention_ops.attention_reference, "blocks": attention_ops.attention_blocks}
+ATTENTIONS = {
+    "reference": attention_ops.attention_reference,
+    "blocks": attention_ops.attention_blocks,
+    "tiles": attention_ops.attention_tiles,
+}
 every_attention = pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 MATMULS = {"reference": matmul_ops.matmul_reference, "gpu": matmul_ops.matmul_gpu}
 every_matmul = pytest.mark.parametrize("matmul", MATMULS.values(), ids=MATMULS)
@@ -104,21 +108,29 @@ def filled(held: np.ndarray, heads: int, width: int, dtype="float32", repeats: i
     return KVCache(k, v, pos)
 
 
-@partial(jax.jit, static_argnames=("attention", "window", "scale"))
-def run(attention, q, held: KVCache, pos, window=None, scale=0.3):
+@partial(jax.jit, static_argnames=("attention", "window", "scale", "aligned"))
+def run(attention, q, held: KVCache, pos, window=None, scale=0.3, aligned=False, sinks=None):
     """On the second layer."""
-    return attention(q, held, 1, pos, scale=scale, window=window)
+    return attention(q, held, 1, pos, scale=scale, window=window, aligned=aligned, sinks=sinks)
 
 
-def wanted(q, held: KVCache, pos, window=None, scale=0.3) -> np.ndarray:
+def wanted(q, held: KVCache, pos, window=None, scale=0.3, aligned=False, sinks=None) -> np.ndarray:
+    """A sink is a key that scores so much for every query of its head, with a value of zeros."""
     b, t, *_, width = q.shape
     out = []
     for row in range(b):
         k, v = (np.asarray(a[1, row], np.float64).swapaxes(0, 1) for a in (held.k, held.v))
-        slots = np.asarray(held.pos[1, row, 0])
-        age = np.asarray(pos)[row][:, None] - slots
-        seen = (slots >= 0) & (age >= 0) & (age < (window or 2**31))
-        out.append(attend(np.asarray(q[row], np.float64).reshape(t, -1, width), k, v, seen, scale))
+        slots, queries = np.asarray(held.pos[1, row, 0]), np.asarray(pos)[row][:, None]
+        seen = (slots >= 0) & (slots <= queries)
+        if window:
+            seen &= slots // window == queries // window if aligned else queries - slots < window
+        heads = np.asarray(q[row], np.float64).reshape(t, -1, width)
+        y = attend(heads, k, v, seen, scale)
+        if sinks is not None:
+            scores = np.einsum("tnh,snh->tns", heads, np.repeat(k, heads.shape[1] // k.shape[1], 1)) * scale
+            total = (np.exp(scores) * seen[:, None]).sum(-1)
+            y *= (total / (total + np.exp(np.float64(sinks))))[..., None]
+        out.append(y)
     return np.stack(out).reshape(q.shape)
 
 
@@ -136,6 +148,18 @@ def test_attention_sees_what_it_should(attention, heads, group, window):
     blind = ~want.any(axis=(2, 3, 4))
     assert blind.sum() >= 7  # 3 pads, and the row whose cache is empty
     assert not got[blind].any()  # exactly zero, and not nan
+
+
+@every_attention
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("sinks", [None, (-3.0, 0.5, 40.0, -80.0, 1.5, 0.0)], ids=["", "sinks"])
+def test_attention_with_sinks_and_with_windows_of_fixed_place(attention, aligned, sinks):
+    held, q = filled(HELD, 3, 24), normal(3, 4, 3, 2, 24)
+    sinks = None if sinks is None else np.array(sinks, np.float32)
+    got = np.asarray(run(attention, q, held, POS, 4, aligned=aligned, sinks=sinks))
+    want = wanted(q, held, POS, 4, aligned=aligned, sinks=sinks)
+    assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max()  # as above
+    assert not got[~want.any(axis=(2, 3, 4))].any()
 
 
 @every_attention

@@ -23,7 +23,7 @@ def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config,
     window = metadata.whole("attention.sliding_window", 0, least=0)
     if window:
         turn = rope(metadata, interleaved=False, suffix="_swa", scaled=False)
-        mixers["sliding"] = attention_spec(metadata, turn, window=window, **own)
+        mixers["sliding"] = attention_spec(metadata, turn, suffix="_swa", width=full.width, window=window, **own)
         sliding = metadata.flags("attention.sliding_window_pattern", layers, 6)
     kinds = ["sliding" if local else "full" for local in sliding]
     softcap = metadata.get("final_logit_softcapping", None)

@@ -104,6 +104,8 @@ def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config,
 
     mixers = {}
     own: dict[str, Any] = {"scale": 1.0, "norm_values": True}
+    for key in ("attention.value_length", "rope.freq_base"):
+        metadata.get(key, None)  # of full layers, which there may be none of
     if "full" in kinds:
         turn = rope(metadata, interleaved=False, divisors=lambda n: weights.values("rope_freqs.weight", n, needed=True))
         mixers["full"] = attention_spec(metadata, turn, kv_heads=heads("full"), **own)

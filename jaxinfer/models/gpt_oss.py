@@ -18,7 +18,8 @@ def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config,
     layers = blocks(metadata, weights)
     full = attention_spec(metadata, rope(metadata, interleaved=False))
     turn = rope(metadata, interleaved=False, suffix="_swa", base=metadata.number("rope.freq_base", 10000.0))
-    sliding = attention_spec(metadata, turn, window=metadata.whole("attention.sliding_window"))
+    window = metadata.whole("attention.sliding_window")
+    sliding = attention_spec(metadata, turn, suffix="_swa", width=full.width, window=window)
     mixers = {"full": full, "sliding": sliding}
     kinds = ["sliding" if local else "full" for local in metadata.flags("attention.sliding_window_pattern", layers, 2)]
     moe = moe_spec(metadata, softmax_of_chosen, clamped_gate)

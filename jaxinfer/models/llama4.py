@@ -20,12 +20,16 @@ def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config,
     metadata.refuse("attention.chunk_size", BLOCK)
     metadata.refuse("attention.sliding_window_pattern", 4)
     moe, experts = moe_spec(metadata, sigmoid_of_chosen, weigh_inputs=True), metadata.whole("expert_count")
-    turn = rope(metadata, interleaved=True, divisors=lambda pairs: weights.values("rope_freqs.weight", pairs))
-    normed = experts != LARGEST
-    mixers = {
-        "full": attention_spec(metadata, lambda head: None, warm_up=(WARM_UP, BLOCK)),
-        "block": attention_spec(metadata, turn, window=BLOCK, aligned=True, norm_rotated=normed),
-    }
+    turn = rope(
+        metadata,
+        interleaved=True,
+        divisors=lambda pairs: weights.values("rope_freqs.weight", pairs),
+        base=metadata.number("rope.freq_base", 10000.0),
+        suffix="_swa",
+    )
+    full = attention_spec(metadata, lambda head: None, warm_up=(WARM_UP, BLOCK))
+    own = {"window": BLOCK, "aligned": True, "norm_rotated": experts != LARGEST}
+    mixers = {"full": full, "block": attention_spec(metadata, turn, suffix="_swa", width=full.width, **own)}
     whole = config(metadata, weights, dtype, mixers=tuple(mixers.items()), moe=moe)
     d, ffn, expert_ffn = whole.width, *map(metadata.whole, ("feed_forward_length", "expert_feed_forward_length"))
     step = metadata.whole("interleave_moe_layer_step")
