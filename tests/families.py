@@ -368,7 +368,12 @@ class Run:
         spec = Spec(head=n, base=base, context=self.keys["context_length"], scaling=scaling if scaled else None)
         if scaled and "rope_freqs.weight" in self.w:
             spec = replace(spec, divisors=tuple(self.w["rope_freqs.weight"]))
-        return rotate(x, self.pos, *angles(spec), interleaved)
+        theta, magnitude = angles(spec)
+        if (sections := self.keys.get("rope.dimension_sections")) is not None:
+            # Time, height, width take pairs in turn while they have any left; the rest stay at the fourth position, 0.
+            owner = [j % sum(sections) for j in range(len(theta))]
+            theta = np.array([t if j < 3 * sections[j % 3] else 0.0 for t, j in zip(theta, owner, strict=True)])
+        return rotate(x, self.pos, theta, magnitude, interleaved)
 
     def output(self, p: str, o: np.ndarray) -> np.ndarray:
         return self.linear(f"{p}attn_output", o.reshape(len(o), -1))

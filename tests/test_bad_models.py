@@ -135,8 +135,6 @@ def test_every_tensor_that_is_wrong_is_named(name, refusal):
         ("llama4", "attention.chunk_size", 4096),
         ("llama4", "attention.sliding_window", 0),
         ("llama4", "attention.sliding_window_pattern", 2),
-        ("qwen35-mtp", "rope.dimension_sections", [4, 0, 0, 0]),  # pair 1 would be turned by the height
-        ("qwen35-mtp", "rope.dimension_sections", [1, 1, 1, 1]),
         ("qwen35-mtp", "rope.dimension_sections", [0, 0, 0, 0]),
     ],
 )

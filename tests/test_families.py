@@ -82,6 +82,7 @@ CASES = {
     ),
     "qwen35 with as many keys as values": lambda: hybrid("qwen35", key_heads=4, layers=2, full=()),
     "qwen35 partly rotated": lambda: hybrid("qwen35", {"rope.dimension_count": 4}),
+    "qwen35 with pairs that stand still": lambda: hybrid("qwen35", {"rope.dimension_sections": [1, 1, 0, 1]}),
     "qwen35moe with gate and up in one": lambda: fused(
         hybrid("qwen35moe", {"expert_shared_feed_forward_length": None}), *GATE_UP
     ),

@@ -84,6 +84,13 @@ def test_products_by_layer_and_alone(kind, matmul):
         assert_sum_close(other, x, values[0])
 
 
+@pytest.mark.parametrize("size", [matmul_ops.LONG, matmul_ops.LONG + 32])
+def test_long_rows(size):
+    w, x = normal(3, size), normal(1, 2, size, seed=1)
+    got = np.float64(jax.jit(matmul_ops.matmul_gpu)(jnp.asarray(x), jnp.asarray(w)))
+    assert (np.abs(got - np.float64(x) @ w.T) <= size * 2.0**-24 * (np.abs(np.float64(x)) @ np.abs(w).T)).all()
+
+
 @every_matmul
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q4_K"])
 def test_products_of_bf16_sum_in_f32(kind, matmul):

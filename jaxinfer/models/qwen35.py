@@ -59,7 +59,7 @@ def load_hybrid(
     if drafts >= count:
         raise metadata.wrong("nextn_predict_layers", drafts, f"below block_count, {count}")
     turn = rope(metadata, interleaved=False)
-    full = attention_spec(metadata, lambda head: _one_rotation(metadata, turn(head)), gated=True)
+    full = attention_spec(metadata, lambda head: _of_text(metadata, turn(head)), gated=True)
     delta = delta_spec(metadata, grouped=grouped)
     recurrent = metadata.flags("full_attention_interval", count, 4)
     recurrent = metadata.flags("attention.recurrent_layers", count, np.array(recurrent))
@@ -79,10 +79,10 @@ def load_hybrid(
     return whole, params(weights, whole, read, draft=_draft(weights, whole, read) if drafts else None)
 
 
-def _one_rotation(metadata: Metadata, turn: Rope) -> Rope:
-    """The rotation of text. The file divides its pairs among an image's time, height, width, and a fourth position.
+def _of_text(metadata: Metadata, turn: Rope) -> Rope:
+    """The rotation of text. The file divides its pairs among an image's time, height and width, and a fourth position.
 
-    The first three are a token's position where it is text, the fourth is 0: no pair may be turned by that.
+    For text the first three are the token's position and the fourth is 0: its pairs stand still.
     """
     key = "rope.dimension_sections"
     sections = metadata.get(key, None)
@@ -90,11 +90,12 @@ def _one_rotation(metadata: Metadata, turn: Rope) -> Rope:
         return turn
     if not isinstance(sections, np.ndarray) or sections.shape != (4,) or sections.dtype.kind not in "iu":
         raise metadata.wrong(key, sections, "four whole numbers")
-    parts, pairs = sections.tolist(), range(len(turn.frequencies))
+    parts = sections.tolist()
     total = sum(parts)
-    if min(parts) < 0 or total < 1 or any(pair % total >= 3 * parts[pair % total % 3] for pair in pairs):
-        raise metadata.wrong(key, sections, f"sections that leave none of the {len(pairs)} pairs to the fourth")
-    return turn
+    if min(parts) < 0 or total < 1:
+        raise metadata.wrong(key, sections, "four whole numbers from 0 on, not all of them 0")
+    moves = (pair % total < 3 * parts[pair % total % 3] for pair in range(len(turn.frequencies)))
+    return replace(turn, frequencies=tuple(f if m else 0.0 for f, m in zip(turn.frequencies, moves, strict=True)))
 
 
 def delta_spec(metadata: Metadata, *, grouped: bool) -> DeltaSpec:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from jaxinfer.quants import Weight, at, dense
 from jaxinfer.tree import Index
 
+LONG, RUN = 2**14, 256  # rows so long are summed in runs: 102 us in place of 200 for 5120 x 17408 of Q6_K, 79 for 132
 FEW = 8  # rows of activations up to which a product is bound by its weight's bytes alone
 
 
@@ -34,4 +35,7 @@ def matmul_gpu(
     if x.shape[0] * x.shape[1] > FEW:
         return matmul_reference(x, w, layer, dtype=dtype)
     w = dense(w if layer is None else at(w, layer), jnp.float32)
-    return (x[:, :, None, :].astype(jnp.float32) * w).sum(-1).astype(dtype or x.dtype)
+    y = x[:, :, None, :].astype(jnp.float32) * w
+    if w.shape[-1] >= LONG and w.shape[-1] % RUN == 0:
+        y = lax.optimization_barrier(y.reshape(*y.shape[:-1], -1, RUN).sum(-1))
+    return y.sum(-1).astype(dtype or x.dtype)
