@@ -13,14 +13,17 @@ BLOCK = 128  # a ring's slots are a multiple of this
 class KVCache:
     """Keys and values of one layer of a segment's pattern, behind the segment's repeats.
 
-    Position p of a row lives in slot p % S: a full cache is a ring that never wraps. A slot whose `pos` is negative is
-    empty. Positions are the same for all heads (P = 1), or each head has its own (P = K), as eviction may leave them.
+    Position p of a row lives in slot (p - shift) % S: a full cache is a ring that never wraps. A slot whose `pos` is
+    negative is empty. Positions are the same for all heads (P = 1), or each head has its own (P = K), as eviction may
+    leave them. It also leaves the `shift` that puts the next token behind those kept; None is 0. Kept positions need
+    not lie where it says: from then on only later ones may be written.
     """
 
     k: Float[Array, "R B K S H"]
     v: Float[Array, "R B K S H"]
     pos: Int[Array, "R B P S"]
     chunk: int | None = static(default=None)  # most tokens of a call, where the cache was made for a window
+    shift: Int[Array, " B"] | None = None
 
 
 def empty(
@@ -67,7 +70,8 @@ def write(
     # -1 % S would be a live slot, and JAX counts negative indices from the end: pads get indices out of range, each
     # its own so that the indices stay unique.
     dropped = slots + jnp.arange(tokens, dtype=pos.dtype)
-    slot = jnp.where(pos < 0, dropped, pos % slots)[..., None]
+    place = pos if cache.shift is None else pos - cache.shift[:, None]
+    slot = jnp.where(pos < 0, dropped, place % slots)[..., None]
     row = jnp.arange(pos.shape[0])[:, None, None]
     # Every axis before the last is indexed: with a slice among them XLA transposes the whole stack to scatter into it.
 
@@ -76,4 +80,4 @@ def write(
         return stack.at[layer, row, head, slot].set(new.astype(stack.dtype), mode="drop", unique_indices=True)
 
     held = jnp.broadcast_to(pos[..., None], (*pos.shape, cache.pos.shape[2]))
-    return KVCache(put(cache.k, k), put(cache.v, v), put(cache.pos, held), cache.chunk)
+    return KVCache(put(cache.k, k), put(cache.v, v), put(cache.pos, held), cache.chunk, cache.shift)

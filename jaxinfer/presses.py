@@ -184,21 +184,20 @@ class LagKV(Press):
     first: int = 4
 
     def __call__(self, queries, k, v, pos, valid, sinks=None):
-        parts = max((k.shape[2] - self.first) // self.lag, 1)
+        parts = max((k.shape[2] - self.first) // self.lag, 0)
 
         def variation(x: Array) -> Array:  # of all partitions but the last, [B, K, parts - 1, lag]
             x = x[:, :, self.first : self.first + parts * self.lag].astype(jnp.float32)
-            x = x.reshape(*x.shape[:2], -1, self.lag, x.shape[3])
+            x = x.reshape(*x.shape[:2], parts, self.lag, x.shape[3])
             low, high = x[:, :, 1:].min(3, keepdims=True), x[:, :, 1:].max(3, keepdims=True)
             span = jnp.where(high > low, high - low, 1)
             return jax.nn.softmax(((x[:, :, :-1] - low) / span).std(-1, ddof=1))
 
         ranks = jnp.argsort(jnp.argsort(variation(k) + variation(v))).astype(jnp.float32) / self.lag
-        ranks = ranks.reshape(*k.shape[:2], -1)
-        ends = (0, 0), (0, 0), (self.first, k.shape[2] - self.first - ranks.shape[2])
+        ranks = jnp.pad(ranks.reshape(*k.shape[:2], -1), ((0, 0), (0, 0), (self.first, k.shape[2])))
         whole = (_newest(pos) + 1 - self.first) // self.lag
         ranked = (pos >= self.first) & ((pos - self.first) // self.lag < whole - 1)
-        return _mark(jnp.pad(ranks, ends), pos, ~ranked)
+        return _mark(ranks[..., : k.shape[2]], pos, ~ranked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,9 +225,9 @@ class ExpectedAttention(Press):
         return expected_scores(mean, covariance, k, v, pos, sinks, first=self.first)
 
 
-def one_list(scores: Float[Array, "L B K S"], pos: Int[Array, "B P S"], *, recent: int) -> Float[Array, "B 1 S"]:
+def one_list(scores: Float[Array, "L B K S"], pos: Int[Array, "B 1 S"], *, recent: int) -> Float[Array, "B 1 S"]:
     """Scores of one list for all heads and layers: their sum, with the last `recent` positions pinned."""
-    return _mark(scores.sum((0, 2))[:, None], pos[:, :1], (pos > _newest(pos) - recent)[:, :1])
+    return _mark(scores.sum((0, 2))[:, None], pos, pos > _newest(pos) - recent)
 
 
 def attention_received(
@@ -238,15 +237,18 @@ def attention_received(
     pos: Int[Array, "B P S"],
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B K G S"]:
-    """The attention that each key gets from the last W tokens, summed over the valid ones: f32, causal, softmax over
-    all keys and the head's sink. A KV head at a time: all logits of 131,072 tokens would be a gigabyte."""
+    """The attention that each key gets from the last W tokens, summed over the valid ones: causal, softmax in f32 over
+    all keys and the head's sink.
+
+    A KV head at a time: all logits of 64 queries of 32 heads on 131,072 keys would take a gigabyte.
+    """
     at = _positions(queries, pos)
 
     def one_head(head: tuple) -> Array:
         q, k, pos, sink = head
         s = jnp.einsum("bwgh,bsh->bgws", *_f32(q, k), precision=lax.Precision.HIGHEST)
         seen = visible(at, pos[:, None], None) & valid[:, None, :, None]
-        return _softmax(s, seen, None if sink is None else sink[:, None, None]).sum(2)
+        return _softmax(s, seen, None if sink is None else sink[:, None]).sum(2)
 
     heads = (queries.swapaxes(1, 2), k, jnp.broadcast_to(pos, k.shape[:3]))
     return _map_heads(one_head, heads, sinks)
@@ -300,7 +302,7 @@ def expected_scores(
         product = lambda form, *x: jnp.einsum(form, *x, precision=lax.Precision.HIGHEST)  # noqa: E731
         half = product("bsi,bgij->bgsj", k, covariance)
         s = product("bsh,bgh->bgs", k, mean) + (half * k[:, None]).sum(-1) / 2
-        weights = _softmax(s, seen[:, None], None if sink is None else sink[:, None])
+        weights = _softmax(s, seen[:, None], sink)
         return weights.mean(1) * jnp.linalg.norm(v, axis=-1)
 
     heads = (mean, covariance, k, v, jnp.broadcast_to(seen, k.shape[:3]))
@@ -318,9 +320,9 @@ def _softmax(s: Float[Array, "*n S"], seen: Bool[Array, "*#n S"], sink: Array | 
     """Over the keys that are seen, zeros where none is; a sink is one more key, whose share nobody gets."""
     s = jnp.where(seen, s, -jnp.inf)
     weights = jnp.where(seen, jax.nn.softmax(s), 0)
-    return (
-        weights if sink is None else weights * jax.nn.sigmoid(jax.nn.logsumexp(s, -1, keepdims=True) - sink[..., None])
-    )
+    if sink is None:
+        return weights
+    return weights * jax.nn.sigmoid(jax.nn.logsumexp(s, -1, keepdims=True) - sink[..., None])
 
 
 def _mark(scores: Float[Array, "B K S"], pos: Int[Array, "B P S"], pinned: Array | bool) -> Float[Array, "B K S"]:

@@ -42,4 +42,5 @@ def compact(cache: KVCache, keep: Int[Array, "R B L n"], room: int) -> KVCache:
         return jnp.take_along_axis(a, index, axis=3, mode="fill", fill_value=empty)
 
     k, v = (take(a, slot[..., None], 0) for a in (cache.k, cache.v))
-    return replace(cache, k=k, v=v, pos=take(cache.pos, slot, -1))
+    shift = jnp.maximum(cache.pos.max((0, 2, 3)) + 1 - keep.shape[3], 0)
+    return replace(cache, k=k, v=v, pos=take(cache.pos, slot, -1), shift=shift)

@@ -213,5 +213,6 @@ def attention_cudnn(
     def take_rows(x: Array, rows: Array) -> Array:
         return jnp.take_along_axis(x, rows[:, :, None, None], axis=1)
 
-    alone = (pos[:, -1] < t).all() if cache.k.shape[3] >= t and (window is None or window >= t) else False
+    whole = cache.shift is None and cache.k.shape[3] >= t and (window is None or window >= t)  # slots are positions
+    alone = (pos[:, -1] < t).all() if whole else False
     return lax.cond(alone, first, later, None).reshape(q.shape)
