@@ -4,7 +4,9 @@ E2B and E4B add an embedding of each token to every layer, and their last layers
 ones; 26B-A4B has experts beside each feed-forward layer; in 12B, 26B and 31B the values of full layers are their keys.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,11 +17,12 @@ from jaxtyping import Array, Float, Int
 from jaxinfer import decoder, segments
 from jaxinfer.cache import KVCache
 from jaxinfer.decoder import embed, init_cache, logits
-from jaxinfer.layers.attention import AttentionParams, attention
+from jaxinfer.layers.attention import AttentionParams, AttentionSpec, attention
 from jaxinfer.layers.linear import Linear, linear
 from jaxinfer.layers.mlp import MlpParams, gelu_gate, mlp
 from jaxinfer.layers.moe import MoeParams, moe, softmax_renormalised
 from jaxinfer.layers.norm import rms_norm
+from jaxinfer.layers.rope import Rope
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
 from jaxinfer.ops import Ops
@@ -86,60 +89,33 @@ class Params(decoder.Params):
 
 def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config, Params]:
     layers, d = blocks(metadata, weights), metadata.whole("embedding_length")
-    shared = metadata.whole("attention.shared_kv_layers", 0, least=0, most=layers - 1)
-    sliding = metadata.flags("attention.sliding_window_pattern", layers)
-    kinds = ["sliding" if local else "full" for local in sliding]
-    if missing := set(kinds) - set(kinds[: layers - shared]):
-        raise metadata.wrong(
-            "attention.shared_kv_layers", shared, f"less: no layer before has {missing.pop()} attention"
-        )
-    ffn = metadata.wholes("feed_forward_length", layers)
-    kv_heads = metadata.wholes("attention.head_count_kv", layers, metadata.whole("attention.head_count"))
-
-    def heads(kind: str) -> int:
-        found = {n for n, k in zip(kv_heads, kinds, strict=True) if k == kind}
-        if len(found) > 1:
-            raise metadata.wrong("attention.head_count_kv", np.array(kv_heads), f"the same for all {kind} layers")
-        return found.pop()
-
-    mixers = {}
-    own: dict[str, Any] = {"scale": 1.0, "norm_values": True}
-    for key in ("attention.value_length", "rope.freq_base"):
-        metadata.get(key, None)  # of full layers, which there may be none of
-    if "full" in kinds:
-        turn = rope(metadata, interleaved=False, divisors=lambda n: weights.values("rope_freqs.weight", n, needed=True))
-        mixers["full"] = attention_spec(metadata, turn, kv_heads=heads("full"), **own)
-    if "sliding" in kinds:
-        turn = rope(metadata, interleaved=False, suffix="_swa", scaled=False)
-        own |= {"width": metadata.whole("attention.key_length"), "kv_heads": heads("sliding")}
-        own |= {"window": metadata.whole("attention.sliding_window"), "suffix": "_swa"}
-        mixers["sliding"] = attention_spec(metadata, turn, **own)
+    own = layers - metadata.whole("attention.shared_kv_layers", 0, least=0, most=layers - 1)
+    kinds = ["sliding" if s else "full" for s in metadata.flags("attention.sliding_window_pattern", layers)]
+    if missing := set(kinds) - set(kinds[:own]):
+        rule = f"less: no layer before has {missing.pop()} attention"
+        raise metadata.wrong("attention.shared_kv_layers", layers - own, rule)
+    mixers = _mixers(metadata, weights, kinds)
     experts = metadata.whole("expert_count", 0, least=0)
-    whole = Config(
-        **vars(
-            config(
-                metadata,
-                weights,
-                dtype,
-                mixers=tuple(mixers.items()),
-                moe=moe_spec(metadata, softmax_renormalised, gelu_gate) if experts else None,
-                activation=gelu_gate,
-                embedding_scale=d**0.5,
-                softcap=metadata.number("final_logit_softcapping", 30.0),
-            )
-        ),
-        inputs=metadata.whole("embedding_length_per_layer_input", least=0),
+    common = config(
+        metadata,
+        weights,
+        dtype,
+        mixers=tuple(mixers.items()),
+        moe=moe_spec(metadata, softmax_renormalised, gelu_gate) if experts else None,
+        activation=gelu_gate,
+        embedding_scale=d**0.5,
+        softcap=metadata.number("final_logit_softcapping", 30.0),
     )
+    whole = Config(**vars(common), inputs=metadata.whole("embedding_length_per_layer_input", least=0))
+    ffn = metadata.wholes("feed_forward_length", layers)
     expert_ffn = metadata.whole("expert_feed_forward_length") if experts else 0
-    p = whole.inputs
 
     def layer(block: Block, i: int) -> LayerParams:
-        if i >= layers - shared:
+        parts = "qkv" if "attn_v" in block or "attn_qkv" in block else "qk"
+        if i >= own:
             parts = "q"
             for name in ("attn_k", "attn_v", "attn_k_norm"):
                 weights.unused(f"{block.prefix}{name}.weight")
-        else:
-            parts = "qkv" if "attn_v" in block or "attn_qkv" in block else "qk"
         return LayerParams(
             norm=block.norm("attn_norm", d),
             mixer=block.attention(mixers[kinds[i]], d, norms="head", parts=parts),
@@ -148,25 +124,55 @@ def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config,
             ffn=block.mlp(ffn[i], d),
             ffn_post_norm=block.norm("post_ffw_norm", d),
             experts=_experts(block, experts, expert_ffn, d) if experts else None,
-            input=InputParams(block.linear("inp_gate", p, d), block.linear("proj", d, p), block.norm("post_norm", d))
-            if p
-            else None,
+            input=_input(block, whole.inputs, d) if whole.inputs else None,
             scale=weights.optional(f"{block.prefix}layer_output_scale.weight", 1),
             kind=kinds[i],
         )
 
-    read = params(weights, whole, layer, layers=layers - shared)
-    inputs = (
-        EmbeddingParams(
-            table=weights("per_layer_token_embd.weight", whole.vocab, layers * p, keep=True),
-            proj=Linear(weights("per_layer_model_proj.weight", layers * p, d)),
-            norm=weights("per_layer_proj_norm.weight", p),
-        )
-        if p
-        else None
-    )
-    tail = [layer(Block(weights, f"blk.{i}."), i) for i in range(layers - shared, layers)]
+    read = params(weights, whole, layer, layers=own)
+    tail = [layer(Block(weights, f"blk.{i}."), i) for i in range(own, layers)]
+    inputs = _embedding(weights, whole) if whole.inputs else None
     return whole, Params(**vars(read), sharing=weights.segments(tail), inputs=inputs)
+
+
+def _mixers(metadata: Metadata, weights: Weights, kinds: Sequence[str]) -> dict[str, AttentionSpec]:
+    """The kinds of attention that there are layers of."""
+    kv_heads = metadata.wholes("attention.head_count_kv", len(kinds), metadata.whole("attention.head_count"))
+
+    def spec(kind: str, turn: Callable[[int], Rope], **own: Any) -> AttentionSpec:
+        found = {n for n, k in zip(kv_heads, kinds, strict=True) if k == kind}
+        if len(found) > 1:
+            raise metadata.wrong("attention.head_count_kv", np.array(kv_heads), f"the same for all {kind} layers")
+        return attention_spec(metadata, turn, kv_heads=found.pop(), scale=1.0, norm_values=True, **own)
+
+    mixers = {}
+    for key in ("attention.value_length", "rope.freq_base"):
+        metadata.get(key, None)  # of full layers, which there may be none of
+    if "full" in kinds:
+        divisors = partial(weights.values, "rope_freqs.weight", needed=True)
+        mixers["full"] = spec("full", rope(metadata, interleaved=False, divisors=divisors))
+    if "sliding" in kinds:
+        turn = rope(metadata, interleaved=False, suffix="_swa", scaled=False)
+        width, window = metadata.whole("attention.key_length"), metadata.whole("attention.sliding_window")
+        mixers["sliding"] = spec("sliding", turn, suffix="_swa", width=width, window=window)
+    return mixers
+
+
+def _embedding(weights: Weights, config: Config) -> EmbeddingParams:
+    rows = config.layers * config.inputs
+    return EmbeddingParams(
+        table=weights("per_layer_token_embd.weight", config.vocab, rows, keep=True),
+        proj=Linear(weights("per_layer_model_proj.weight", rows, config.width)),
+        norm=weights("per_layer_proj_norm.weight", config.inputs),
+    )
+
+
+def _input(block: Block, inputs: int, width: int) -> InputParams:
+    return InputParams(
+        gate=block.linear("inp_gate", inputs, width),
+        proj=block.linear("proj", width, inputs),
+        norm=block.norm("post_norm", width),
+    )
 
 
 def _experts(block: Block, experts: int, ffn: int, width: int) -> ExpertsParams:
