@@ -5,6 +5,8 @@ from jaxinfer.generate import Piece, Stats, generate, score, stream
 from jaxinfer.loader import Loaded, Model, load
 from jaxinfer.ops import CPU, GPU, REFERENCE, Ops
 from jaxinfer.sample import Sampler
+from jaxinfer.session import Session
+from jaxinfer.snapkv import Eviction
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 
 init_cache = Model.init_cache
@@ -13,11 +15,13 @@ __all__ = [
     "CPU",
     "GPU",
     "REFERENCE",
+    "Eviction",
     "Loaded",
     "Model",
     "Ops",
     "Piece",
     "Sampler",
+    "Session",
     "State",
     "Stats",
     "Tokenizer",

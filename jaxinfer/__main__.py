@@ -7,44 +7,77 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxinfer import arguments, bench, gguf, hub
-from jaxinfer.arguments import Given
-from jaxinfer.generate import Prompt, Stats, stream
+from jaxinfer import arguments, bench, gguf, hub, memory, presses
+from jaxinfer.arguments import AUTO, Given
+from jaxinfer.explain import explain, lines
+from jaxinfer.generate import GPU_CHUNK, Prompt, Stats, default_chunk, device_of, encode, stream
 from jaxinfer.info import info
-from jaxinfer.loader import Loaded, describe, load
+from jaxinfer.layers.attention import AttentionSpec
+from jaxinfer.loader import Loaded, Model, describe, load
+from jaxinfer.ops import GPU
 from jaxinfer.perplexity import perplexity
 from jaxinfer.sample import Sampler
+from jaxinfer.session import Session
+from jaxinfer.snapkv import Eviction
 from jaxinfer.terminal import Terminal
 from jaxinfer.tokenizer import Tokenizer
+from jaxinfer.tree import Device
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}  # JAX's names for the devices
 
 
 def run_generate(given: Given, terminal: Terminal) -> None:
-    text, options = _text(given), _options(given, terminal)
+    text = _text(given)
     loaded = _load(given, terminal)
-    stats = None
-    for piece in stream(*loaded, _prompt(given, text, loaded.tokenizer, terminal), **options):
-        print(piece.text, end="", flush=True)
-        stats = piece.stats
-    print(flush=True)
+    session, options = None, _options(given, terminal, loaded)
+    if "session" in given or "save_session" in given:
+        session = _session(given, terminal, loaded)
+        options = {name: option for name, option in options.items() if name not in SESSION_OPTIONS}
+    prompt, stats = _prompt(given, text, loaded.tokenizer, terminal), None
+    if session and session.tokens[0] and not isinstance(prompt, str):
+        assert loaded.tokenizer is not None
+        prompt = loaded.tokenizer.next_turn(prompt, **_template_kwargs(given))
+        options["chat_template_kwargs"] = {}
+    with _saving(given, terminal, session):
+        for piece in stream(*loaded, prompt, session=session, **options):
+            print(piece.text, end="", flush=True)
+            stats = piece.stats
+        print(flush=True)
     if stats:
         _summary(stats, terminal)
 
 
-def run_chat(given: Given, terminal: Terminal) -> None:
-    messages, options = _system(given), _options(given, terminal)
+def run_prefill(given: Given, terminal: Terminal) -> None:
+    if "save_session" not in given:
+        raise ValueError("prefill needs a file to save the session to: --save-session FILE")
+    text = _text(given)
     loaded = _load(given, terminal)
+    prompt = _prompt(given, text, loaded.tokenizer, terminal)
+    kwargs = None if isinstance(prompt, str) else {"add_generation_prompt": False}
+    ids = encode(loaded.tokenizer, prompt, loaded.model.config.vocab, kwargs)
+    session = _session(given, terminal, loaded)
+    with _saving(given, terminal, session):
+        began = time.perf_counter()
+        session.extend([ids], terminal.meter("prefilling", "tokens"))
+        terminal.say(f"Prompt: {len(ids)} tokens, {len(ids) / (time.perf_counter() - began):.1f} tokens-per-sec")
+
+
+def run_chat(given: Given, terminal: Terminal) -> None:
+    messages = _system(given)
+    loaded = _load(given, terminal)
+    session = _session(given, terminal, loaded)
+    options = {n: option for n, option in _options(given, terminal, loaded).items() if n not in SESSION_OPTIONS}
     terminal.say("/exit or Ctrl-D ends the chat, Ctrl-C an answer")
     while (line := terminal.ask()) not in (None, "/exit"):
         question, answer = {"role": "user", "content": line}, ""
         try:
-            for piece in stream(*loaded, [*messages, question], **options):
+            for piece in stream(*loaded, [*messages, question], session=session, **options):
                 print(piece.text, end="", flush=True)
                 answer += piece.text
         except KeyboardInterrupt:
@@ -92,16 +125,45 @@ def run_perplexity(given: Given, terminal: Terminal) -> None:
 def run_info(given: Given, terminal: Terminal) -> None:
     with _notes(terminal):
         found = describe(_fetch(given, terminal), **_pick(given, "dtype", "expand"))
-    for name, fact in info(found, given.get("ctx")).items():
+    ctx = _context(given, found.model, found.params, found.device, expand=found.expand)
+    fit = list(_fit(given, terminal)) if "fit" in given else []
+    for name, fact in info(found, ctx).items():
         print(f"{name + ':':<14}{fact}")
+    for line in fit:
+        print(line)
+
+
+def _fit(given: Given, terminal: Terminal) -> Iterator[str]:
+    """The longest context that fits into the memory of a GPU, of this machine or not, and what takes it."""
+    limit = memory.parse_size(given["fit"])
+    with _notes(terminal):
+        found = describe(
+            _fetch(given, terminal), **{"dtype": "bfloat16", **_pick(given, "dtype")}, ops=GPU, expand=False
+        )
+    most, context = given.get("ctx", AUTO), int(found.model.config.context)
+    planned = partial(memory.plan, found.model, found.params, chunk=GPU_CHUNK)
+    memory.require(planned, 1, limit, 1)
+    ctx = memory.largest_context(planned, limit, context if most == AUTO else most)
+    yield f"\non a GPU with {memory.show(limit)} fit {ctx} tokens, in chunks of {GPU_CHUNK}:"
+    yield str(planned(ctx))
+
+
+def run_explain(given: Given, terminal: Terminal) -> None:
+    with _notes(terminal):
+        found = describe(_fetch(given, terminal), **_pick(given, "dtype", "expand"))
+    ctx = _context(given, found.model, found.params, found.device, expand=found.expand)
+    for line in lines(explain(found, ctx, **_pick(given, "chunk"))):
+        print(line)
 
 
 RUN = {
     "generate": run_generate,
+    "prefill": run_prefill,
     "chat": run_chat,
     "bench": run_bench,
     "perplexity": run_perplexity,
     "info": run_info,
+    "explain": run_explain,
 }
 
 
@@ -112,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         command, given = arguments.read(sys.argv[1:] if argv is None else argv)
         cache = _configure(given)
         RUN[command](given, terminal)
-        if command != "info":
+        if command not in ("info", "explain"):
             terminal.say(f"Compilation cache: {cache or 'off'}")
     except ValueError as error:
         terminal.say(f"error: {error}")
@@ -207,15 +269,74 @@ def _prompt(given: Given, text: str, tokenizer: Tokenizer | None, terminal: Term
     return text
 
 
-def _options(given: Given, terminal: Terminal) -> dict[str, Any]:
+def _options(given: Given, terminal: Terminal, loaded: Loaded) -> dict[str, Any]:
     """For `stream`."""
     return {
         "sampler": Sampler(**_pick(given, *(f.name for f in fields(Sampler)))),
         "progress": terminal.meter("prefilling", "tokens"),
         "compiling": terminal.compiling,
         "chat_template_kwargs": _template_kwargs(given),
-        **_pick(given, "max_tokens", "stop", "ignore_eos", "chunk", "ctx", "burst"),
+        "eviction": _eviction(given, loaded.model),
+        "ctx": _context(given, loaded.model, loaded.params, device_of(loaded.params)),
+        **_pick(given, "max_tokens", "stop", "ignore_eos", "chunk", "burst", "cache_dtype"),
     }
+
+
+ROOM = 16384  # tokens of a session, unless told: its caches are there from the start
+SESSION_OPTIONS = ("eviction", "chunk", "ctx", "cache_dtype")  # those of a session, once it is there
+
+
+def _context(given: Given, model: Model, params: Any, device: Device, *, expand: bool = False) -> int | None:
+    """The context asked for; what fits where that is auto. The weights of a file are still to be loaded."""
+    if given.get("ctx") != AUTO:
+        return given.get("ctx")
+    loaded = isinstance(jax.tree.leaves(params)[0], jax.Array)
+    limit = memory.limit_bytes(params, device) if loaded else memory.available_bytes(device)
+    chunk = given.get("chunk", default_chunk(device))
+    planned = partial(memory.plan, model, params, chunk=chunk, expand=expand, dtype=given.get("cache_dtype"))
+    memory.require(planned, 1, limit, 1)
+    return memory.largest_context(planned, limit, int(model.config.context))
+
+
+def _eviction(given: Given, model: Model) -> Eviction | None:
+    keep, others = given.get("keep", 0), _pick(given, "press", "window", "one_list", "interleaved")
+    if keep == 0:
+        if others:
+            raise ValueError(f"--{next(iter(others)).replace('_', '-')} needs --keep: how many tokens stay, or auto")
+        return None
+    full = [spec for _, spec in model.config.mixers if isinstance(spec, AttentionSpec) and spec.window is None]
+    press = presses.press(given.get("press", "snapkv"), full[0].rope if full else None, given.get("window"))
+    return Eviction(press=press, keep=None if keep == AUTO else keep, **_pick(given, "one_list", "interleaved"))
+
+
+def _session(given: Given, terminal: Terminal, loaded: Loaded) -> Session:
+    """The session of a file, or a new one for as many tokens as are asked for, or else as fit."""
+    model, params, _ = loaded
+    eviction = _eviction(given, model)
+    if "session" in given:
+        for name in ("ctx", "chunk", "cache_dtype"):
+            if name in given:
+                raise ValueError(f"--{name.replace('_', '-')} is fixed in a session: {given['session']} has its own")
+        session = Session.load(given["session"], model, params, eviction=eviction)
+        terminal.say(f"session of {len(session.tokens[0])} tokens, room for {session.ctx}")
+        return session
+    chunk = given.get("chunk", default_chunk(device_of(params)))
+    ctx = _context({"ctx": AUTO, **given}, model, params, device_of(params))
+    assert ctx is not None
+    if "ctx" not in given:
+        ctx = min(ctx, ROOM)
+    return Session(model, params, ctx=ctx, chunk=chunk, eviction=eviction, dtype=given.get("cache_dtype"))
+
+
+@contextmanager
+def _saving(given: Given, terminal: Terminal, session: Session | None) -> Iterator[None]:
+    """Saves the session at the end, and as far as it has come at Ctrl-C."""
+    try:
+        yield
+    finally:
+        if "save_session" in given and session and session.tokens[0]:
+            session.save(given["save_session"])
+            terminal.say(f"saved {len(session.tokens[0])} tokens to {given['save_session']}")
 
 
 def _template_kwargs(given: Given) -> dict[str, Any]:
@@ -225,7 +346,12 @@ def _template_kwargs(given: Given) -> dict[str, Any]:
 
 def _summary(stats: Stats, terminal: Terminal) -> None:
     programs = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stats.compile_s.items())
-    terminal.say(f"Prompt: {stats.prompt_tokens} tokens, {stats.prompt_tokens / stats.prompt_s:.1f} tokens-per-sec")
+    read = stats.prompt_tokens - stats.reused_tokens
+    reused = f" ({stats.reused_tokens} of them read before)" if stats.reused_tokens else ""
+    terminal.say(f"Prompt: {stats.prompt_tokens} tokens{reused}, {read / stats.prompt_s:.1f} tokens-per-sec")
+    if stats.kept_bytes < stats.cache_bytes:
+        sizes = f"{stats.cache_bytes / 1e6:.1f} to {stats.kept_bytes / 1e6:.1f} MB"
+        terminal.say(f"Eviction: caches from {sizes} in {stats.evict_s:.2f} s")
     terminal.say(f"Generation: {stats.new_tokens} tokens, {stats.new_tokens / stats.decode_s:.1f} tokens-per-sec")
     terminal.say(f"Time to first token: {stats.first_token_s:.2f} s")
     terminal.say(f"Peak memory: {stats.peak_bytes / 1e9:.3f} GB")

@@ -9,10 +9,12 @@ from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn
 
 from jaxinfer import bench, config, hub
+from jaxinfer.presses import PRESSES
 
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("cpu", "gpu")
 SWITCH = ("on", "off")
+AUTO = "auto"
 # An argument on the command line takes its own place in a run file, and that of what belongs to it.
 REPLACED = {"prompt": {"file"}, "file": {"prompt"}, "model": {"sha256"}}
 
@@ -24,7 +26,7 @@ class Option:
     """An argument: flags for argparse, the last one's name as the key in run files, and the type of its value there."""
 
     flags: str
-    type: type | None  # None: not in run files
+    type: Any  # str, int, float, bool, dict, list, or a union; None: not in run files
     help: str
     more: dict[str, Any] = field(default_factory=dict)  # argparse's settings
 
@@ -66,6 +68,13 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 512,2048") from None
 
 
+def _count(text: str) -> int | str:
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor {AUTO}") from None
+
+
 def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -92,7 +101,29 @@ LOAD = (
 )
 DTYPE = Option("--dtype", str, "type of activations: float32 by default on a CPU, else bfloat16", {"choices": DTYPES})
 CHUNK = Option("-b --chunk", int, "tokens prefilled at a time")
-CTX = Option("-c --ctx", int, "most tokens of prompt and answer; by default what the model was trained for")
+CTX = Option(
+    "-c --ctx",
+    int | str,
+    "most tokens of prompt and answer, or auto for what fits; by default what the model was trained for",
+    {"type": _count},
+)
+FIT = Option("--fit", str, "the longest context for a GPU of this memory, such as 12GiB, and what takes it")
+CACHE = Option("-ct --cache-dtype", str, "type of keys and values; by default the activations'", {"choices": DTYPES})
+EVICT = (
+    Option(
+        "--snapkv-keep --keep",
+        int | str,
+        "tokens of a prompt that a layer keeps for the answer; auto: a quarter of the context, from 1024 to 4096; "
+        "0, the default: all",
+        {"type": _count},
+    ),
+    Option("--press", str, "what is kept: by the scores of this press; snapkv by default", {"choices": list(PRESSES)}),
+    Option("--snapkv-window --window", int, "last tokens of the prompt whose queries the press looks at"),
+    Option("--one-list", bool, "keep the same tokens in all layers and heads"),
+    Option("--interleaved", bool, "evict after every chunk of the prompt: less memory, another result"),
+)
+SAVE = Option("--save-session", str, "file to save what was read to, at the end or at Ctrl-C", {"metavar": "FILE"})
+SESSION = (Option("--session", str, "file with a session to go on from", {"metavar": "FILE"}), SAVE)
 TEXT = (
     Option("-p --prompt", str, "the prompt; - reads it from stdin"),
     Option("-f --file", str, "file with the prompt"),
@@ -128,17 +159,22 @@ BENCH = (
 )
 
 
+RUN = (*LOAD, DTYPE, CHUNK, CTX, CACHE, *EVICT)
+
+
 class Command(NamedTuple):
     help: str
     options: tuple[Option, ...]
 
 
 COMMANDS = {
-    "generate": Command("answers one prompt", (*LOAD, DTYPE, CHUNK, CTX, *TEXT, TEMPLATE, *ANSWER)),
-    "chat": Command("answers line by line, and remembers", (*LOAD, DTYPE, CHUNK, CTX, *ANSWER)),
+    "generate": Command("answers one prompt", (*RUN, *TEXT, TEMPLATE, *SESSION, *ANSWER)),
+    "chat": Command("answers line by line, and remembers", (*RUN, *ANSWER)),
+    "prefill": Command("reads a prompt into a session's file, for questions to come", (*RUN, *TEXT, TEMPLATE, SAVE)),
     "bench": Command("measures speed, as llama-bench does", (*LOAD, *BENCH)),
-    "perplexity": Command("scores a text, as llama-perplexity does", (*LOAD, DTYPE, CHUNK, CTX, *TEXT)),
-    "info": Command("shows what a file holds and how it will run", (*LOAD, DTYPE, CTX)),
+    "perplexity": Command("scores a text, as llama-perplexity does", (*LOAD, DTYPE, CHUNK, CTX, *EVICT, *TEXT)),
+    "info": Command("shows what a file holds and how it will run", (*LOAD, DTYPE, CTX, FIT)),
+    "explain": Command("shows what each layer keeps and how it is computed", (*LOAD, DTYPE, CHUNK, CTX)),
 }
 USAGE = "\n".join(
     [

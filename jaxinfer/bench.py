@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import engine, gguf
-from jaxinfer.generate import device_of, plan
+from jaxinfer.generate import default_chunk, device_of
 from jaxinfer.info import parameters, size_bytes, title
 from jaxinfer.loader import Model
 from jaxinfer.sample import Sampler
@@ -58,15 +58,15 @@ def measure(
     It makes the calls of `prefill` and `decode` that `generate` makes. The runs share a cache that holds the tokens of
     the depth: each writes the same positions again, and until then nothing attends to what the run before left there.
     """
-    for name, value in (("burst", burst), ("repetitions", repetitions)):
-        if value < 1:
+    for name, value in (("burst", burst), ("repetitions", repetitions), ("chunk", chunk)):
+        if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     random, vocab = np.random.default_rng(0), model.config.vocab
     before, prompt = (random.integers(vocab, size=size).tolist() for size in (test.depth, test.prompt))
     sampler, keys, stops = Sampler.greedy(), jax.random.key(0)[None], np.array([-1], np.int32)
 
     def chunk_of(tokens: list[int]) -> int:
-        return plan(model, params, None, [tokens], max_tokens=1, chunk=chunk, ctx=2**31 - 1).chunk if tokens else 1
+        return engine.chunk_for(len(tokens), chunk or default_chunk(device_of(params))) if tokens else 1
 
     def prefill(tokens: list[int], start: int, cache: Any) -> tuple[Any, Any]:
         own, logits = chunk_of(tokens), None

@@ -1,5 +1,10 @@
 """Caches as values: positions are stored beside what they belong to, so that masks never depend on slot order."""
 
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -24,6 +29,9 @@ class KVCache:
     pos: Int[Array, "R B P S"]
     chunk: int | None = static(default=None)  # most tokens of a call, where the cache was made for a window
     shift: Int[Array, " B"] | None = None
+    # The queries of the last W tokens, f32, rotated and times the layer's scale, so that q.k is a logit; zeros before
+    # the first token. Q is R, or more where later layers read the last one's keys: theirs follow.
+    recent_q: Float[Array, "Q B W K G H"] | None = None
 
 
 def empty(
@@ -80,4 +88,21 @@ def write(
         return stack.at[layer, row, head, slot].set(new.astype(stack.dtype), mode="drop", unique_indices=True)
 
     held = jnp.broadcast_to(pos[..., None], (*pos.shape, cache.pos.shape[2]))
-    return KVCache(put(cache.k, k), put(cache.v, v), put(cache.pos, held), cache.chunk, cache.shift)
+    return replace(cache, k=put(cache.k, k), v=put(cache.v, v), pos=put(cache.pos, held))
+
+
+def capture(cache: KVCache, reader: Index, q: Float[Array, "B T K G H"], pos: Int[Array, "B T"]) -> KVCache:
+    """Moves this call's queries into the last W of one reader of the cache; padding, which comes first, stays out."""
+    assert cache.recent_q is not None
+    window = cache.recent_q.shape[2]
+    recent, q, pos = cache.recent_q[reader], q[:, -window:].astype(jnp.float32), pos[:, -window:]
+    # Of the W old ones and n new ones in a row the last W: a row's new ones end the call.
+    here, new = jnp.arange(window), (pos >= 0).sum(1, keepdims=True)
+    order = jnp.where(here + new < window, here + new, here + pos.shape[1])
+    recent = jnp.take_along_axis(jnp.concatenate([recent, q], 1), order[..., None, None, None], 1)
+    return replace(cache, recent_q=cache.recent_q.at[reader].set(recent))
+
+
+def size_bytes(cache: Any) -> int:
+    """Bytes of all arrays of a tree, or of their shapes."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))

@@ -4,19 +4,19 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from types import GenericAlias
-from typing import Any
+from types import GenericAlias, UnionType
+from typing import Any, get_args
 
 MAX_BYTES = 2**20  # a model given in place of a run file is not read to its end
 
 
-def read(path: str | Path, allowed: Mapping[str, type | GenericAlias]) -> dict[str, Any]:
+def read(path: str | Path, allowed: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a run file sets.
 
     Args:
         path: of the file.
-        allowed: the type of each argument that may be set: `str`, `int`, `float` (a whole number will do), `bool` or
-            `list[str]`.
+        allowed: the type of each argument that may be set: `str`, `int`, `float` (a whole number will do), `bool`,
+            `int | str` or `list[str]`.
 
     Raises:
         ValueError: the file cannot be read or is no TOML, a key is not allowed (the nearest one is named), or a value
@@ -36,14 +36,16 @@ def read(path: str | Path, allowed: Mapping[str, type | GenericAlias]) -> dict[s
     return {key: _checked(path, key, value, allowed) for key, value in values.items()}
 
 
-def _checked(path: str | Path, key: str, value: Any, allowed: Mapping[str, type | GenericAlias]) -> Any:
+def _checked(path: str | Path, key: str, value: Any, allowed: Mapping[str, Any]) -> Any:
     if key not in allowed:
         nearest = difflib.get_close_matches(key, allowed, n=1, cutoff=0)
         raise ValueError(f"{path}: {key!r} is no argument; the nearest one is {nearest[0]!r}")
     wanted = allowed[key]
     if wanted is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
-    if isinstance(wanted, GenericAlias):
+    if isinstance(wanted, UnionType):
+        right, shown = type(value) in get_args(wanted), " or ".join(one.__name__ for one in get_args(wanted))
+    elif isinstance(wanted, GenericAlias):
         right, shown = type(value) is list and all(type(v) is str for v in value), "list of str"
     else:
         right, shown = type(value) is wanted, wanted.__name__  # not isinstance: true and false are no numbers here

@@ -56,6 +56,7 @@ class Params:
     norm: Array  # [D]
     head: Weight | None  # [V, D]; None: the embedding serves as the head
     head_bias: Array | None = None  # [V]
+    sharing: tuple[segments.Segment, ...] = ()  # the last layers, where they read the keys of the last one of a kind
     draft: Any = None  # a block that predicts the token after next, where the file has one
 
 
@@ -65,6 +66,12 @@ def init_cache(params: Params, batch: int, slots: int, chunk: int, config: Confi
         tuple(config.mixer(layer.kind).cache(s.repeats, batch, slots, chunk, dtype) for layer in s.layers)
         for s in params.layers
     )
+
+
+def last_of(layers: tuple[segments.Segment, ...], kind: str) -> tuple[int, int]:
+    """Where the last layer of a kind is, and its cache: (segment, place in the pattern). It is the last repeat."""
+    found = [(s, j) for s, one in enumerate(layers) for j, layer in enumerate(one.layers) if layer.kind == kind]
+    return found[-1]
 
 
 def forward(

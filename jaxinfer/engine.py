@@ -104,6 +104,11 @@ def slots_for(tokens: int) -> int:
     return -(-tokens // SLOTS) * SLOTS
 
 
+def chunk_for(tokens: int, chunk: int) -> int:
+    """A short prompt takes a short chunk; powers of two keep the number of compiled shapes low."""
+    return min(chunk, max(16, 1 << (tokens - 1).bit_length()))
+
+
 def left_pad(prompts: Sequence[Sequence[int]], chunk: int) -> tuple[np.ndarray, np.ndarray]:
     """Lays prompts side by side, ending together: (tokens, positions), int32 [B, nC]; padding has the position -1."""
     width = -(-max(map(len, prompts)) // chunk) * chunk
@@ -114,11 +119,13 @@ def left_pad(prompts: Sequence[Sequence[int]], chunk: int) -> tuple[np.ndarray, 
     return tokens, pos
 
 
-def calls(tokens: np.ndarray, pos: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def calls(
+    tokens: np.ndarray, pos: np.ndarray, chunk: int, together: int = CHUNKS
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cuts padded prompts into the calls of `prefill` to make: few shapes, and a place to stop between any two."""
     start = 0
     while (left := (tokens.shape[1] - start) // chunk) > 0:
-        end = start + chunk * (CHUNKS if left >= CHUNKS else 1)
+        end = start + chunk * (together if left >= together else 1)
         yield tokens[:, start:end], pos[:, start:end]
         start = end
 

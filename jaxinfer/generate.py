@@ -9,14 +9,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from jaxinfer import engine
+from jaxinfer import engine, memory
+from jaxinfer.cache import BLOCK, size_bytes
+from jaxinfer.engine import State
 from jaxinfer.loader import Model
 from jaxinfer.sample import Sampler
+from jaxinfer.session import Session
+from jaxinfer.snapkv import Eviction
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.tree import Device
+
+CPU_CHUNK, GPU_CHUNK = 512, 2048  # tokens of a prompt at a time, unless told
 
 type Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 type Progress = Callable[[int, int], None]
@@ -27,8 +33,12 @@ type Compiling = Callable[[str, float | None], None]
 class Stats:
     """What a run did. Times are in seconds and leave out compiling, which `compile_s` lists by program."""
 
-    prompt_tokens: int
+    prompt_tokens: int  # in all
+    reused_tokens: int  # of these, what the session had read before
     prompt_s: float
+    evict_s: float
+    cache_bytes: int  # of the prompt's caches
+    kept_bytes: int  # of the caches with which the answer began
     new_tokens: int
     decode_s: float
     first_token_s: float  # from the start of the prefill
@@ -47,66 +57,64 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One batch of prompts with all that its programs are compiled for."""
+    """One prompt, or a batch of them, with all that its programs are compiled for."""
 
-    model: Model
-    params: Any
-    prompts: list[list[int]]
-    slots: int
-    chunk: int
+    session: Session
+    rows: list[list[int]]  # what the session is to read
+    history: int  # how many of these tokens the next turn of a chat repeats
+    own: bool  # the session is for this run alone: nothing of what is evicted must stay
+    max_tokens: int
     sampler: Sampler
     stops: np.ndarray  # int32 [E], the tokens that end a row
     burst: int  # tokens decoded in a call
 
     def compile(self, compiling: Compiling | None = None) -> dict[str, float]:
         """Compiles the programs and returns the times; `compiling(program, seconds)` hears before (None) and after."""
-        cache = jax.eval_shape(
-            lambda: self.model.init_cache(self.params, len(self.prompts), self.slots, chunk=self.chunk)
-        )
-        logits = jax.ShapeDtypeStruct((len(self.prompts), self.model.config.vocab), jnp.float32)
-        state = jax.eval_shape(lambda x, c: engine.start(x, self.prompts, c, self.sampler), logits, cache)
-        programs: dict[str, Callable[[], jax.stages.Lowered]] = {}
-        for call in engine.calls(*engine.left_pad(self.prompts, self.chunk), self.chunk):
-            args = self.model, self.params, *call, cache
-            programs[f"prefill of {call[0].shape[1]} tokens"] = partial(engine.prefill.lower, *args, chunk=self.chunk)
-        programs["decode"] = partial(engine.decode.lower, *self._decode_args(state, 1), **self._decode_shape)
         took = {}
-        for name, lower in programs.items():
+        for name, lowers in self.session.programs(self._parts(), self._room, **self._decoding).items():
             if compiling:
                 compiling(name, None)
             began = time.perf_counter()
-            lower().compile()  # jit finds it again
+            for lower in lowers:
+                lower().compile()  # jit finds it again
             took[name] = time.perf_counter() - began
             if compiling:
                 compiling(name, took[name])
         return took
 
-    def prefill(self, progress: Progress | None = None) -> engine.State:
-        """Fills a new cache; `progress(done, total)` counts each row's tokens and is called between chunks."""
-        tokens, pos = engine.left_pad(self.prompts, self.chunk)
-        cache = self.model.init_cache(self.params, len(self.prompts), self.slots, chunk=self.chunk)
-        total = max(map(len, self.prompts))
-        logits = None
-        for t, p in engine.calls(tokens, pos, self.chunk):
-            logits, cache = engine.prefill(self.model, self.params, t, p, cache, chunk=self.chunk)
-            jax.block_until_ready(logits)  # so that the count is of work done, and an interrupt ends it here
-            if progress:
-                progress(int(p.max()) + 1, total)
-        assert logits is not None
-        return engine.start(logits, self.prompts, cache, self.sampler)
+    def prefill(self, progress: Progress | None = None) -> None:
+        """Has the session read the prompt; `progress(done, total)` counts tokens and is called between chunks."""
+        for i, rows in enumerate(self._parts()):
+            if i > 0:
+                self.session.mark()
+            self.session.extend(rows, progress)
 
-    def decode(self, state: engine.State, limit: int) -> tuple[np.ndarray, engine.State]:
-        """The next `limit` tokens of each row [B, limit], -1 after a row's end; the state is used up."""
-        out, state = engine.decode(*self._decode_args(state, limit), **self._decode_shape)
-        return np.asarray(out)[:, :limit], state
+    def answering(self) -> Session:
+        """The session that answers, less what is evicted."""
+        if self.session.eviction is None:
+            return self.session
+        if not self.own:
+            return self.session.evicted(self._room)
+        self.session.evict(self._room)
+        return self.session
 
-    def _decode_args(self, state: engine.State, limit: int) -> tuple[Any, ...]:
-        keys = jnp.broadcast_to(jax.random.key(self.sampler.seed), len(self.prompts))
-        return self.model, self.params, state, keys, self.stops, np.int32(limit)
+    def decode(self, session: Session, state: State | None, limit: int) -> tuple[np.ndarray, State]:
+        """The next `limit` tokens of each row [B, limit], -1 after a row's end; the state is used up, None to start."""
+        return session.decode(state or session.start(self.sampler), limit, **self._decoding)
+
+    def _parts(self) -> list[list[list[int]]]:
+        if not 0 < self.history < len(self.rows[0]):
+            return [self.rows]
+        return [[self.rows[0][: self.history]], [self.rows[0][self.history :]]]
 
     @property
-    def _decode_shape(self) -> dict[str, Any]:
-        return {"sampler": self.sampler, "room": self.burst}
+    def _room(self) -> int:
+        """Slots for the answer where others are evicted: whole blocks, for few shapes."""
+        return -(-self.max_tokens // BLOCK) * BLOCK
+
+    @property
+    def _decoding(self) -> dict[str, Any]:
+        return {"sampler": self.sampler, "stops": self.stops, "burst": self.burst}
 
 
 def plan(
@@ -122,31 +130,56 @@ def plan(
     sampler: Sampler | None = None,
     burst: int = 8,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    session: Session | None = None,
+    eviction: Eviction | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Run:
     """Checks a batch of prompts and fixes the shapes to run them in; see `stream` for the arguments."""
     for name, value in (("max_tokens", max_tokens), ("chunk", chunk), ("ctx", ctx), ("burst", burst)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     ids = [encode(tokenizer, p, model.config.vocab, chat_template_kwargs) for p in prompts]
-    longest = max(map(len, ids))
-    ctx = ctx or int(model.config.context)
-    if longest + max_tokens > ctx:
-        fits = f"the largest max_tokens that fits is {ctx - longest}"
-        if longest >= ctx:
-            fits = f"the longest prompt that fits has {max(0, ctx - max_tokens)} tokens"
-        raise ValueError(f"a prompt of {longest} tokens and {max_tokens=} exceed the context of {ctx} tokens: {fits}")
-    chunk = chunk or default_chunk(device_of(params))
+    own, history = session is None, 0
+    before = 0 if session is None or _is_chat(prompts[0]) else len(session.tokens[0])
+    longest = before + max(map(len, ids))
+    most = ctx or int(model.config.context) if session is None else session.ctx
+    if longest + max_tokens > most:
+        fits = f"the largest max_tokens that fits is {most - longest}"
+        if longest >= most:
+            fits = f"the longest prompt that fits has {max(0, most - max_tokens)} tokens"
+        raise ValueError(f"a prompt of {longest} tokens and {max_tokens=} exceed the context of {most} tokens: {fits}")
+    if session is None:
+        chunk = engine.chunk_for(longest, chunk or default_chunk(device_of(params)))
+        shape = {"chunk": chunk, "batch": len(ids), "dtype": cache_dtype}
+        planned = partial(memory.plan, model, params, **shape, **memory.of_eviction(eviction))
+        memory.require(planned, longest + max_tokens, memory.limit_bytes(params, device_of(params)), most)
+        session = Session(model, params, ctx=longest + max_tokens, eviction=eviction, **shape)
+    elif any(x is not None for x in (chunk, ctx, eviction, cache_dtype)) or len(session.tokens) != 1:
+        raise ValueError("a session of one row is continued with its own chunk, ctx, eviction and cache_dtype")
+    elif _is_chat(prompts[0]):
+        known = session.rewind(min(_common(session.tokens[0], ids[0]), len(ids[0]) - 1))
+        assert tokenizer is not None
+        told = tokenizer.chat(prompts[0], **(chat_template_kwargs or {}) | {"add_generation_prompt": False})  # pyright: ignore
+        ids, history = [ids[0][known:]], len(told) - known if ids[0][: len(told)] == told else 0
     return Run(
-        model=model,
-        params=params,
-        prompts=ids,
-        slots=engine.slots_for(longest + max_tokens),
-        # A short prompt takes a short chunk; powers of two keep the number of compiled shapes low.
-        chunk=min(chunk, max(16, 1 << (longest - 1).bit_length())),
+        session=session,
+        rows=ids,
+        history=history,
+        own=own,
+        max_tokens=max_tokens,
         sampler=sampler or Sampler(),
         stops=np.array([-1] if ignore_eos or tokenizer is None else tokenizer.eog_ids or [-1], np.int32),
         burst=burst,
     )
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def stream(
@@ -163,6 +196,9 @@ def stream(
     sampler: Sampler | None = None,
     burst: int = 8,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    session: Session | None = None,
+    eviction: Eviction | None = None,
+    cache_dtype: DTypeLike | None = None,
     progress: Progress | None = None,
     compiling: Compiling | None = None,
 ) -> Iterator[Piece]:
@@ -173,6 +209,12 @@ def stream(
     `max_tokens`. `chunk` tokens are prefilled at a time, `burst` tokens are decoded between two looks at them; neither
     changes the text. `ctx` is the most tokens of prompt and answer together, by default what the model was trained for.
     `chat_template_kwargs` are variables for the chat template of messages: `{"enable_thinking": False}`, for one.
+
+    `session` goes on from what it has read, and reads prompt and answer. Text and ids follow what is there; messages
+    are the whole conversation, of which only what is new is read. With `eviction` the answer sees what that keeps of
+    the prompt. A session that was made with one keeps the whole prompt, and not the answer. `cache_dtype` is the type
+    of keys and values, by default the activations'.
+
     `progress(done, total)` counts prompt tokens; `compiling(program, seconds)` is called before (with None) and after
     each compilation.
 
@@ -190,16 +232,22 @@ def stream(
         sampler=sampler,
         burst=burst,
         chat_template_kwargs=chat_template_kwargs,
+        session=session,
+        eviction=eviction,
+        cache_dtype=cache_dtype,
     )
-    compile_s = run.compile(compiling)
     words, text = tokenizer.stream() if tokenizer else None, StopText(stop)
+    reused, compile_s = len(run.session.tokens[0]), run.compile(compiling)
     began = time.perf_counter()
-    state = run.prefill(progress)
+    run.prefill(progress)
     prompt_s, first_s, decode_s, made = time.perf_counter() - began, None, 0.0, 0
+    prompt_tokens, cache_bytes = len(run.session.tokens[0]), size_bytes(run.session.cache)
+    answering = run.answering()
+    evict_s, kept_bytes, state = time.perf_counter() - began - prompt_s, size_bytes(answering.cache), None
     while True:
         began_burst = time.perf_counter()
         # The first token alone, so that it is there soonest.
-        out, state = run.decode(state, min(burst, max_tokens - made) if made else 1)
+        out, state = run.decode(answering, state, min(burst, max_tokens - made) if made else 1)
         decode_s += time.perf_counter() - began_burst
         first_s = first_s or time.perf_counter() - began
         for token in out[0, out[0] >= 0].tolist():
@@ -215,8 +263,12 @@ def stream(
                 new,
                 token,
                 Stats(
-                    prompt_tokens=len(run.prompts[0]),
+                    prompt_tokens=prompt_tokens,
+                    reused_tokens=reused,
                     prompt_s=prompt_s,
+                    evict_s=evict_s,
+                    cache_bytes=cache_bytes,
+                    kept_bytes=kept_bytes,
                     new_tokens=made,
                     decode_s=decode_s,
                     first_token_s=first_s,
@@ -236,16 +288,19 @@ def generate(model: Model, params: Any, tokenizer: Tokenizer | None, prompt: Pro
 def score(model: Model, params: Any, ids: Sequence[int] | Sequence[Sequence[int]], *, chunk: int | None = None) -> Any:
     """Logits after every token of a sequence: f32 [T, V] for a list of ids, a list of those for a list of lists."""
     single = not ids or isinstance(ids[0], int | np.integer)
-    run = plan(model, params, None, [ids] if single else ids, max_tokens=1, chunk=chunk, ctx=2**31 - 1)  # pyright: ignore
-    cache = model.init_cache(params, len(run.prompts), run.slots, chunk=run.chunk)
-    tokens, pos = engine.left_pad(run.prompts, run.chunk)
+    prompts = [encode(None, row, model.config.vocab) for row in ([ids] if single else ids)]  # pyright: ignore
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{chunk=} must be at least 1")
+    chunk = engine.chunk_for(max(map(len, prompts)), chunk or default_chunk(device_of(params)))
+    tokens, pos = engine.left_pad(prompts, chunk)
+    cache = model.init_cache(params, len(prompts), engine.slots_for(tokens.shape[1]), chunk=chunk)
     parts = []
-    for start in range(0, tokens.shape[1], run.chunk):
-        t, p = (a[:, start : start + run.chunk] for a in (tokens, pos))
+    for start in range(0, tokens.shape[1], chunk):
+        t, p = (a[:, start : start + chunk] for a in (tokens, pos))
         logits, cache = engine.chunk_logits(model, params, t, p, cache)
         parts.append(np.asarray(logits))
     logits = np.concatenate(parts, axis=1)
-    rows = [logits[i, -len(prompt) :] for i, prompt in enumerate(run.prompts)]
+    rows = [logits[i, -len(prompt) :] for i, prompt in enumerate(prompts)]
     return rows[0] if single else rows
 
 
@@ -253,7 +308,7 @@ def encode(
     tokenizer: Tokenizer | None, prompt: Prompt, vocab: int, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
     """A prompt as ids: text (its special tokens are parsed), chat messages (through the file's template), or ids."""
-    messages = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+    messages = _is_chat(prompt)
     if chat_template_kwargs and not messages:
         raise ValueError(f"{chat_template_kwargs=} needs a prompt of chat messages")
     if isinstance(prompt, str) or messages:
@@ -297,8 +352,8 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def default_chunk(device: Device) -> int:
-    """Tokens of a prompt that are prefilled at a time, unless told."""
-    return 512 if device.platform == "cpu" else 2048
+    """Tokens of a prompt that are prefilled at a time on a device, unless told."""
+    return CPU_CHUNK if device.platform == "cpu" else GPU_CHUNK
 
 
 def device_of(params: Any) -> Device:

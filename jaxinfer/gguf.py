@@ -4,6 +4,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every siz
 the file before anything of that size is made, and every fault is a `ValueError` that names the file and the rule.
 """
 
+import hashlib
 import mmap
 import os
 import re
@@ -69,6 +70,24 @@ def read(path: str | os.PathLike[str]) -> File:
         rule = f"{len(parts)} part(s) hold {len(tensors)} tensors, but split.tensors.count is {total}"
         raise ValueError(f"{path}: {rule}")
     return File(first.path, first.metadata, tensors)
+
+
+def fingerprint(file: File) -> str:
+    """A name for what a file computes: the model's name and a hash of its numbers, its vocabulary and its weights.
+
+    Of each tensor three places are read, so that it takes milliseconds for any size. What a file says of itself beside
+    (its template, who made it, how it is split) does not count.
+    """
+    arch = file.metadata.get("general.architecture")
+    digest = hashlib.sha256()
+    for key, value in sorted(file.metadata.items()):
+        if key.startswith(f"{arch}.") or key == "tokenizer.ggml.tokens":
+            digest.update(key.encode() + (value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()))
+    for name, tensor in sorted(file.tensors.items()):
+        data = tensor.data.reshape(-1)
+        places = [data[start : start + 64].tobytes() for start in (0, len(data) // 2, max(0, len(data) - 64))]
+        digest.update(repr((name, tensor.type.name, tensor.shape, places)).encode())
+    return f"{str(file.metadata.get('general.name', arch))[:64]} {digest.hexdigest()[:16]}"
 
 
 def _number(part: File, key: str, default: int) -> int:

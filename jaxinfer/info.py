@@ -84,7 +84,7 @@ def _counts(words: Iterable[str]) -> str:
 
 def _trunk(params: Any) -> list[Segment]:
     """The segments that every token passes, in order: those with caches, then those that share them."""
-    return [*params.layers, *getattr(params, "sharing", ())]
+    return [*params.layers, *params.sharing]
 
 
 def _every(segments: Sequence[Segment]) -> list[Any]:
@@ -93,7 +93,7 @@ def _every(segments: Sequence[Segment]) -> list[Any]:
 
 
 def _layers(params: Any) -> str:
-    own, sharing = _every(params.layers), _every(getattr(params, "sharing", ()))
+    own, sharing = _every(params.layers), _every(params.sharing)
     out = f"{len(own) + len(sharing)}: {_counts(layer.kind for layer in own)}"
     if sharing:
         out += f"; {_counts(layer.kind for layer in sharing)} that share keys and values"

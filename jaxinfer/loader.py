@@ -7,7 +7,7 @@ import pkgutil
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ from gguf.constants import GGMLQuantizationType
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxinfer import gguf, hub, models, segments
+from jaxinfer import gguf, hub, models, segments, snapkv
 from jaxinfer.metadata import Metadata
 from jaxinfer.ops import Ops, default_ops
 from jaxinfer.quants import FORMATS, PLAIN, Weight, dense, pack
@@ -48,13 +48,19 @@ class Model:
     arch: Architecture
     config: Any
     ops: Ops
+    fingerprint: str = field(default="", compare=False)  # of the weights' file; programs do not depend on it
 
-    def init_cache(self, params: Any, batch: int, slots: int, *, chunk: int, dtype: DTypeLike | None = None) -> Any:
+    def init_cache(
+        self, params: Any, batch: int, slots: int, *, chunk: int, dtype: DTypeLike | None = None, observe: int = 0
+    ) -> Any:
         """An empty cache for `batch` rows of `slots` positions, written at most `chunk` at a time.
 
-        Keys and values have the activations' type unless told.
+        Keys and values have the activations' type unless told. Layers without a window also keep the queries of the
+        last `observe` tokens, which a press looks at.
         """
-        return self.arch.init_cache(params, batch, slots, chunk, self.config, jnp.dtype(dtype or self.config.dtype))
+        dtype = jnp.dtype(dtype or self.config.dtype)
+        cache = self.arch.init_cache(params, batch, slots, chunk, self.config, dtype)
+        return snapkv.observe(params, cache, self.config, observe) if observe else cache
 
     def forward(
         self, params: Any, tokens: Int[Array, "B T"], pos: Int[Array, "B T"], cache: Any
@@ -258,7 +264,7 @@ def describe(
     tokenizer = None
     if file.metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab"):
         tokenizer = from_metadata(file.metadata, file.path)
-    model = Model(arch, config, ops or default_ops(on, activations))
+    model = Model(arch, config, ops or default_ops(on, activations), gguf.fingerprint(file))
     return Description(file, model, sources, tokenizer, on, wide)
 
 

@@ -6,7 +6,7 @@ that of queries to come (ExpectedAttention), keys and values alone (Knorm, KeyDi
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -223,6 +223,29 @@ class ExpectedAttention(Press):
             turn = mean_rotation(self.rope, k.shape[3], _newest(pos)[:, 0, 0] + 1, self.future)
             mean, covariance = turn_statistics(mean, covariance, turn)
         return expected_scores(mean, covariance, k, v, pos, sinks, first=self.first)
+
+
+PRESSES: dict[str, type[Press]] = {
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "chunkkv": ChunkKV,
+    "votes": Votes,
+    "tova": TOVA,
+    "expected": ExpectedAttention,
+    "knorm": Knorm,
+    "keydiff": KeyDiff,
+    "streaming": StreamingLLM,
+    "lagkv": LagKV,
+}
+
+
+def press(name: str, rope: Rope | None, window: int | None = None) -> Press:
+    """The press of a name, for layers with this rotation; looking at `window` queries, if it looks at any."""
+    kind = PRESSES[name]
+    if window is not None and (kind.window == 0 or kind is TOVA):
+        raise ValueError(f"window={window}: the press {name!r} looks at {kind.window} queries always")
+    options: dict[str, Any] = {} if window is None else {"window": window}
+    return kind(**options, rope=rope) if kind is ExpectedAttention else kind(**options)
 
 
 def one_list(scores: Float[Array, "L B K S"], pos: Int[Array, "B 1 S"], *, recent: int) -> Float[Array, "B 1 S"]:

@@ -72,18 +72,19 @@ def run[X](
         return step(params, 0, x, one)
 
     done = []
-    for segment, cache in zip(segments, caches, strict=True):
+    for number, (segment, cache) in enumerate(zip(segments, caches, strict=True)):
 
-        def body(repeat: Index, carry: tuple[X, tuple[Any, ...]], segment: Segment = segment):
+        def body(repeat: Index, carry: tuple[X, tuple[Any, ...]], number: int = number, segment: Segment = segment):
             x, held = carry
             new = []
             for params, one in zip(segment.layers, held, strict=True):
-                if segment.repeats == 1:
-                    x, one = alone(params, x, one)
-                else:
-                    if new:
-                        repeat, x = lax.optimization_barrier((repeat, x))
-                    x, one = step(params, repeat, x, one)
+                with jax.named_scope(f"{'sharing' if one is None else 'layer'} {number}.{len(new)}"):
+                    if segment.repeats == 1:
+                        x, one = alone(params, x, one)
+                    else:
+                        if new:
+                            repeat, x = lax.optimization_barrier((repeat, x))
+                        x, one = step(params, repeat, x, one)
                 new.append(one)
             return x, tuple(new)
 

@@ -1,12 +1,179 @@
-"""Eviction: from the scores of a press to the list of slots that are kept, and to a smaller cache of them."""
+"""Eviction: from the scores of a press to the lists of slots that are kept, and to a smaller cache of them."""
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxinfer import decoder
 from jaxinfer.cache import KVCache
+from jaxinfer.presses import LagKV, Press, SnapKV, one_list
+
+SMALL = 2**28  # bytes of a cache from which nothing is evicted unless told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eviction:
+    """How the cache of a prompt is made smaller before the answer. Caches with a window and states stay as they are.
+
+    press: scores a layer's keys; each KV head keeps those of the largest scores.
+    keep: tokens that a layer keeps, as the mean of all layers; 0: all of them. None: a quarter of the context, but at
+        least 1024 and at most 4096, and all where the cache is small (pekkah/SharpInference's rule).
+    one_list: one list for all heads and layers, by the sum of their scores.
+    interleaved: evict after every chunk, so that a layer never holds more than keep + chunk tokens. That is another
+        algorithm: each chunk's last queries decide, and what they do not look at is gone for later ones.
+    """
+
+    press: Press = field(default_factory=SnapKV)
+    keep: int | None = None
+    one_list: bool = False
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep < 0:
+            raise ValueError(f"keep={self.keep} must be 0, for all tokens, or more")
+        if self.keep and self.keep < self.press.window:
+            raise ValueError(f"keep={self.keep} is below the {self.press.window} tokens that the press looks from")
+        if self.interleaved and isinstance(self.press, LagKV):
+            raise ValueError("LagKV ranks parts of a whole prompt: it cannot be interleaved with its chunks")
+
+    def budget(self, context: int, size_bytes: int) -> int:
+        """Tokens to keep of a context whose caches take `size_bytes` in all; 0 for all."""
+        if self.keep is not None:
+            return self.keep
+        return 0 if size_bytes < SMALL else max(min(max(context // 4, 1024), 4096), self.press.window)
+
+
+class Evicted(NamedTuple):
+    cache: Any
+    kept: Any  # for each stack of caches its list Int[R B L n], None where nothing is evicted
+
+
+def observe(params: Any, cache: Any, config: Any, window: int) -> Any:
+    """The cache with room for the queries of the last `window` tokens, in all layers that can be evicted from."""
+    held = [list(stacks) for stacks in cache]
+    for (s, j), stack in _full(cache).items():
+        spec, repeats = config.mixer(kind := params.layers[s].layers[j].kind), stack.k.shape[0]
+        if (s, j) == decoder.last_of(params.layers, kind):
+            repeats += sum(one.repeats for one in params.sharing for layer in one.layers if layer.kind == kind)
+        shape = (repeats, stack.k.shape[1], window, spec.kv_heads, spec.group, spec.width)
+        held[s][j] = replace(stack, recent_q=jnp.zeros(shape))
+    return tuple(map(tuple, held))
+
+
+def unobserved(cache: Any) -> Any:
+    """The cache without recent queries."""
+    return tuple(
+        tuple(replace(one, recent_q=None) if isinstance(one, KVCache) else one for one in stacks) for stacks in cache
+    )
+
+
+def evict(
+    params: Any,
+    cache: Any,
+    eviction: Eviction,
+    keep: int,
+    tokens: Sequence[int],
+    room: int,
+    *,
+    done: Callable[[KVCache], None] = lambda old: None,
+    call: Callable[..., Any] = lambda program, *args, **options: program(*args, **options),
+) -> Evicted:
+    """The cache with about `keep` of each row's `tokens` in every layer without a window, and `room` for new ones.
+
+    It goes stack by stack; `done(stack)` is called when one is there in its new size, and may delete the old one.
+    `call` makes the calls of jitted functions. Raises ValueError where the press cannot look at what the cache has.
+    """
+    press, full = eviction.press, _full(cache)
+    if not press.window <= keep:
+        raise ValueError(f"{keep=} is below the {press.window} tokens that the press looks from")
+    if press.window > max(tokens):
+        raise ValueError(f"the press looks from {press.window} tokens, but there are {max(tokens)}")
+    for stack in full.values():
+        if press.window > (seen := 0 if stack.recent_q is None else stack.recent_q.shape[2]):
+            raise ValueError(f"the press looks from {press.window} tokens, but the cache has the queries of {seen}")
+
+    def scores(at: tuple[int, int]) -> Float[Array, "R B K S"]:
+        return call(_scores, press, full[at], params.layers[at[0]].layers[at[1]].mixer.sinks)
+
+    common, counts = [], _counts(press, full, keep, tokens)
+    if eviction.one_list:
+        pos = next(iter(full.values())).pos
+        common = call(_select_one, [scores(at) for at in full], pos, min(keep, pos.shape[3]), recent=press.window)
+    held: list[list[Any]] = [list(stacks) for stacks in cache]
+    kept: list[list[Any]] = [[None] * len(stacks) for stacks in cache]
+    for i, ((s, j), stack) in enumerate(full.items()):
+        if eviction.one_list:
+            lists = common[i]
+        else:
+            size = min(int(counts[s, j].max()), stack.k.shape[3])
+            lists = call(select_jit, scores((s, j)), size, counts[s, j][..., None])
+        held[s][j], kept[s][j] = call(compact_jit, stack, lists, room), lists
+        done(stack)
+    return Evicted(tuple(map(tuple, held)), tuple(map(tuple, kept)))
+
+
+def programs(
+    params: Any, cache: Any, eviction: Eviction, keep: int, tokens: Sequence[int], room: int
+) -> list[Callable[[], jax.stages.Lowered]]:
+    """What `evict` calls: functions that lower it."""
+    found = []
+
+    def call(program: Any, *args: Any, **options: Any) -> Any:
+        found.append(partial(program.lower, *args, **options))
+        return program.eval_shape(*args, **options)
+
+    evict(params, jax.eval_shape(lambda: cache), eviction, keep, tokens, room, call=call)
+    return found
+
+
+def _full(cache: Any) -> dict[tuple[int, int], KVCache]:
+    """The stacks of caches without a window, by segment and place in its pattern."""
+    return {
+        (s, j): one
+        for s, stacks in enumerate(cache)
+        for j, one in enumerate(stacks)
+        if isinstance(one, KVCache) and one.chunk is None
+    }
+
+
+def _counts(
+    press: Press, full: dict[tuple[int, int], KVCache], keep: int, tokens: Sequence[int]
+) -> dict[tuple[int, int], Int[np.ndarray, "R B"]]:
+    """How many tokens each layer keeps of each row. Layers follow one another through a segment's patterns."""
+    order = sorted((s, repeat, j) for (s, j), stack in full.items() for repeat in range(stack.k.shape[0]))
+    budgets = np.array([press.budgets(keep, n, len(order)) for n in tokens])  # [B, L]
+    return {
+        (s, j): np.stack([budgets[:, order.index((s, repeat, j))] for repeat in range(stack.k.shape[0])])
+        for (s, j), stack in full.items()
+    }
+
+
+@partial(jax.jit, static_argnames="press")
+def _scores(press: Press, cache: KVCache, sinks: Float[Array, "R N"] | None) -> Float[Array, "R B K S"]:
+    """A press's scores of all keys of a stack of layers, one layer after the other."""
+    repeats, batch, heads, _, width = cache.k.shape
+    queries = cache.recent_q
+    if queries is None:
+        queries = jnp.zeros((repeats, batch, 0, heads, 1, width))
+    valid = cache.pos.max((0, 2, 3))[:, None] - jnp.arange(queries.shape[2])[::-1] >= 0
+
+    def one(q: Array, layer: Any) -> Array:
+        k, v, pos = (a[layer] for a in (cache.k, cache.v, cache.pos))
+        more = () if sinks is None else (sinks[layer],)
+        return press(q, k, v, pos, valid, *more)
+
+    scores = lax.map(lambda x: one(*x), (queries[:repeats], jnp.arange(repeats)))
+    if len(queries) == repeats:
+        return scores
+    shared = lax.map(lambda q: one(q, repeats - 1), queries[repeats:])
+    return scores.at[-1].add(shared.sum(0))
 
 
 def select(
@@ -44,3 +211,17 @@ def compact(cache: KVCache, keep: Int[Array, "R B L n"], room: int) -> KVCache:
     k, v = (take(a, slot[..., None], 0) for a in (cache.k, cache.v))
     shift = jnp.maximum(cache.pos.max((0, 2, 3)) + 1 - keep.shape[3], 0)
     return replace(cache, k=k, v=v, pos=take(cache.pos, slot, -1), shift=shift)
+
+
+@partial(jax.jit, static_argnames=("keep", "recent"))
+def _select_one(
+    scores: list[Float[Array, "R B K S"]], pos: Int[Array, "Q B 1 S"], keep: int, *, recent: int
+) -> list[Int[Array, "R B 1 n"]]:
+    """For each stack the one list by the scores of all layers."""
+    total = jnp.stack([stack.sum((0, 2)) for stack in scores])[:, :, None]
+    one = select(one_list(total, pos[0], recent=recent), keep)
+    return [jnp.broadcast_to(one, (len(stack), *one.shape)) for stack in scores]
+
+
+select_jit = jax.jit(select, static_argnames="keep")
+compact_jit = jax.jit(compact, static_argnames="room")

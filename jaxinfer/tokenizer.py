@@ -175,6 +175,22 @@ class Tokenizer:
         kwargs = {"add_generation_prompt": True, "bos_token": bos, "eos_token": eos} | kwargs
         return self.encode(chat.render(template, messages, **kwargs), add_special=False, parse_special=True)
 
+    def next_turn(self, messages: Sequence[Any], /, **kwargs: Any) -> list[int]:
+        """The ids that the template adds for these messages to a conversation before them, ready for the answer.
+
+        Takes what `chat` takes. Raises ValueError where what the template makes of earlier messages depends on these.
+        """
+        told = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+        for before in (told[:1], told):  # some templates want the roles in turn
+            try:
+                old = self.chat(before, **kwargs | {"add_generation_prompt": False})
+                new = self.chat([*before, *messages], **kwargs)
+            except ValueError:
+                continue
+            if new[: len(old)] == old:
+                return new[len(old) :]
+        raise ValueError(f"{self.path}: the chat template cannot go on after a conversation that it has not seen")
+
 
 class Stream:
     """Text from token ids as they come. What may become a character with the next token is held back until then."""

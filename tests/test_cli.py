@@ -15,8 +15,9 @@ import pytest
 from goldens import model_path
 
 import jaxinfer
-from jaxinfer import Sampler, arguments, bench
+from jaxinfer import Eviction, Sampler, Session, arguments, bench
 from jaxinfer import __main__ as cli
+from jaxinfer.presses import Knorm, SnapKV
 from jaxinfer.terminal import Terminal
 
 MODEL = str(model_path("qwen3"))
@@ -208,6 +209,7 @@ def test_another_model_is_not_held_to_the_sum_of_the_run_file(tmp_path):
 @pytest.mark.parametrize("command", arguments.COMMANDS)
 def test_every_argument_works_in_a_run_file(tmp_path, command):
     values = {str: '"a b"', int: "-3", float: "0.5", bool: "false", list: "[1, 2]", dict: "{ a = 1 }"}
+    values[int | str] = '"auto"'
     path, options = tmp_path / "run.toml", [o for o in arguments.COMMANDS[command].options if o.type]
     for option in options:
         choices = option.more.get("choices") or (arguments.DTYPES if option.name == "dtype" else None)
@@ -233,6 +235,16 @@ def test_every_argument_works_in_a_run_file(tmp_path, command):
         ([*ASK, "-p", "a", "-c", "0"], "ctx=0 must be at least 1"),
         ([*ASK, "-p", "a", "-n", "9999"], "the largest max_tokens that fits is 4095"),
         ([*ASK, "-p", "a", "--sha256", "0" * 64], "checksum"),
+        (["prefill", *ASK[:2], "-p", "a"], "prefill needs a file to save the session to"),
+        ([*ASK, "-p", "a", "--window", "8"], "--window needs --keep"),
+        ([*ASK, "-p", "a", "--keep", "8"], "keep=8 is below the 64 tokens that the press looks from"),
+        ([*ASK, "-p", "a", "--keep", "-8"], "keep=-8 must be 0, for all tokens, or more"),
+        ([*ASK, "-p", "a", "--keep", "many"], "'many' is neither a whole number nor auto"),
+        ([*ASK, "-p", "a", "--keep", "8", "--press", "knorm", "--window", "4"], "'knorm' looks at 0 queries always"),
+        ([*ASK, "-p", "a", "--session", "missing"], "missing"),
+        ([*ASK, "-p", "a", "--session", MODEL], r"qwen3\.gguf"),
+        ([*ASK, "-p", "a", "--session", MODEL, "-b", "8"], "--chunk is fixed in a session"),
+        (["info", *ASK[:2], "--fit", "much"], "'much' is no size in memory"),
         ([*ASK, "-p", "a", "--dtype", "int8"], "invalid choice: 'int8'"),
         ([*ASK, "-p", "a", "--device", "gpu"], "--device gpu: "),
         (["generat"], "'generat' is no command; the nearest one is 'generate'"),
@@ -442,3 +454,93 @@ def test_progress_takes_few_lines_where_there_is_no_terminal(capfd):
     for done in range(1001):
         progress(done, 1000)
     assert capfd.readouterr().err == "prefilling: 0/1000 tokens\n"
+
+
+LONG = " ".join(f"{word} and {i}" for i, word in enumerate(["sea", "sky", "sand"] * 3))
+EVICT = ["--snapkv-keep", "24", "--snapkv-window", "8"]
+
+
+def test_eviction(capfd, loaded):
+    eviction = Eviction(press=Knorm(), keep=24, one_list=True)
+    code, out, err = run(capfd, *ASK, "-p", LONG, "--keep", "24", "--press", "knorm", "--one-list")
+    assert (code, out) == (0, answer(loaded, LONG, eviction=eviction) + "\n")
+    assert re.search(r"Eviction: caches from \d+\.\d to \d+\.\d MB in", err)
+    code, out, _ = run(capfd, *ASK, "-p", LONG, *EVICT, "-ct", "bfloat16", "-b", "16")
+    eviction = Eviction(press=SnapKV(window=8), keep=24)
+    assert out == answer(loaded, LONG, eviction=eviction, cache_dtype="bfloat16", chunk=16) + "\n"
+    assert "Eviction" not in run(capfd, *ASK, "-p", LONG, "--keep", "auto")[2]  # a small cache
+
+
+def test_a_session_goes_on_from_its_file(capfd, tmp_path, loaded):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    code, out, err = run(capfd, "prefill", "-m", MODEL, "--no-compile-cache", "-p", LONG, "--save-session", first)
+    ids = loaded.tokenizer.encode(LONG, parse_special=True)
+    assert (code, out) == (0, "")
+    assert f"saved {len(ids)} tokens to {first}" in err
+    more = loaded.tokenizer.encode(TEXT, parse_special=True)
+    for _ in range(2):  # the file stays as it is
+        _, out, err = run(capfd, *ASK, "-p", TEXT, "--session", first, "--save-session", second)
+        assert out == answer(loaded, ids + more) + "\n"
+    assert f"Prompt: {len(ids) + len(more)} tokens ({len(ids)} of them read before)" in err
+    assert len(Session.load(second, loaded.model, loaded.params).tokens[0]) == len(ids) + len(more) + 6
+
+
+def test_a_session_of_messages(capfd, tmp_path, chatty):
+    loaded, path = jaxinfer.load(chatty), str(tmp_path / "session")
+    run(capfd, "prefill", "-m", chatty, "--no-compile-cache", "-p", LONG, "--save-session", path, *EVICT)
+    messages = [{"role": "user", "content": LONG}, {"role": "user", "content": TEXT}]
+    argv = ["-m", chatty, *ASK[2:], "-p", TEXT, "--session", path]
+    assert run(capfd, *argv)[1] == answer(loaded, messages) + "\n"
+    eviction = Eviction(press=SnapKV(window=8), keep=24)
+    _, out, err = run(capfd, *argv, *EVICT)
+    assert out == answer(loaded, messages, eviction=eviction) + "\n"
+    assert "Eviction" in err
+
+
+def test_ctrl_c_saves_what_was_read(capfd, monkeypatch, tmp_path, loaded):
+    def meter(*_):
+        def progress(done, total):
+            raise KeyboardInterrupt
+
+        return progress
+
+    path = str(tmp_path / "session")
+    monkeypatch.setattr(
+        cli.Terminal, "meter", lambda self, what, unit="": meter() if unit == "tokens" else lambda *_: 0
+    )
+    argv = ["prefill", "-m", MODEL, "--no-compile-cache", "-p", LONG, "-b", "16", "--save-session", path]
+    code, _, err = run(capfd, *argv)
+    read, ids = Session.load(path, loaded.model, loaded.params).tokens[0], loaded.tokenizer.encode(LONG)
+    assert code == 130
+    assert 0 < len(read) < len(ids)
+    assert read == ids[: len(read)]
+    assert f"saved {len(read)} tokens" in err
+
+
+def test_memory_of_a_gpu_that_is_not_there(capfd):
+    _, out, _ = run(capfd, "info", "-m", MODEL, "--fit", "1GiB")
+    assert "on a GPU with 1.00 GiB fit 4096 tokens, in chunks of 2048:" in out
+    assert re.search(r"^peak at 4096 tokens +\d+\.\d\d MiB$", out, re.MULTILINE)
+    short = re.search(r"fit (\d+) tokens", run(capfd, "info", "-m", MODEL, "--fit", "20MiB")[1])
+    assert short
+    assert 0 < int(short[1]) < 4096
+    code, _, err = run(capfd, "info", "-m", MODEL, "--fit", "1MB")
+    assert code == 2
+    assert "not even the shortest context fits" in err
+
+
+def test_the_context_that_fits(capfd, monkeypatch):
+    assert "for 4096 tokens" in run(capfd, "info", "-m", MODEL, "-c", "auto")[1]
+    monkeypatch.setattr(cli.memory, "available_bytes", lambda device: 5 * 10**6)
+    auto = re.search(r"for (\d+) tokens", run(capfd, "info", "-m", MODEL, "-c", "auto")[1])
+    assert auto
+    assert 256 <= int(auto[1]) < 4096
+    code, _, err = run(capfd, *ASK, "-p", LONG, "-n", "4000")
+    assert code == 2
+    assert re.search(r"weights .* \+ caches .* \+ workspace .* but there are .*: the largest context that fits is", err)
+
+
+def test_explain(capfd):
+    code, out, err = run(capfd, "explain", "-m", MODEL, "-c", "512")
+    assert (code, err) == (0, "")
+    assert "attention_blocks" in out

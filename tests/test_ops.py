@@ -18,14 +18,16 @@ from jaxinfer.gguf import Tensor
 from jaxinfer.ops import attention as attention_ops
 from jaxinfer.ops import matmul as matmul_ops
 from jaxinfer.quants import FORMATS, PLAIN, pack
+from jaxinfer.snapkv import compact
 
 ATTENTIONS = {
     "reference": attention_ops.attention_reference,
+    "dense": attention_ops.attention_dense,
     "blocks": attention_ops.attention_blocks,
-    "tiles": attention_ops.attention_tiles,
 }
 every_attention = pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 MATMULS = {"reference": matmul_ops.matmul_reference, "gpu": matmul_ops.matmul_gpu}
+skipping = pytest.mark.parametrize("attention", [ATTENTIONS["reference"], ATTENTIONS["blocks"]], ids=["key", "block"])
 every_matmul = pytest.mark.parametrize("matmul", MATMULS.values(), ids=MATMULS)
 LAYERS, OUT, INTO = 2, 5, 512
 
@@ -115,10 +117,10 @@ def filled(held: np.ndarray, heads: int, width: int, dtype="float32", repeats: i
     return KVCache(k, v, pos)
 
 
-@partial(jax.jit, static_argnames=("attention", "window", "scale", "aligned"))
-def run(attention, q, held: KVCache, pos, window=None, scale=0.3, aligned=False, sinks=None):
+@partial(jax.jit, static_argnames=("attention", "window", "scale", "aligned", "options"))
+def run(attention, q, held: KVCache, pos, window=None, scale=0.3, aligned=False, sinks=None, options=()):
     """On the second layer."""
-    return attention(q, held, 1, pos, scale=scale, window=window, aligned=aligned, sinks=sinks)
+    return attention(q, held, 1, pos, scale=scale, window=window, aligned=aligned, sinks=sinks, **dict(options))
 
 
 def wanted(q, held: KVCache, pos, window=None, scale=0.3, aligned=False, sinks=None) -> np.ndarray:
@@ -169,7 +171,7 @@ def test_attention_with_sinks_and_with_windows_of_fixed_place(attention, aligned
     assert not got[~want.any(axis=(2, 3, 4))].any()
 
 
-@every_attention
+@pytest.mark.parametrize("attention", [*ATTENTIONS.values(), attention_ops.attention_tiles], ids=[*ATTENTIONS, "tiles"])
 @pytest.mark.parametrize("window", [None, 200])
 def test_attention_of_many_queries_to_many_slots(attention, window):
     """More than a tile and a block, and a multiple of neither; a ring that has wrapped, and a short row beside it."""
@@ -257,14 +259,149 @@ def test_attention_does_not_depend_on_the_order_of_slots(attention):
     moved = KVCache(held.k[..., order, :], held.v[..., order, :], held.pos[..., order])
     got, want = run(attention, q, moved, POS, window=5), run(attention, q, held, POS, window=5)
     np.testing.assert_allclose(got, want, atol=1e-6)  # sums of 8 terms of about 1, in another order
+    if attention is attention_ops.attention_reference:
+        np.testing.assert_array_equal(got, want)
+
+
+@every_attention
+def test_attention_to_the_oldest_key_of_a_window_alone(attention):
+    """It has by far the largest logit, but for the key before it."""
+    window, pos, ring = 7, np.array([[20, 21]], np.int32), np.arange(16)
+    held = filled((ring + (ring < 6) * 16)[None], 1, 8)  # positions 6 to 21
+    q = normal(1, 2, 1, 1, 8, seed=7)
+    for t in range(2):
+        one = KVCache(*(x.at[1, 0, 0, (pos[0, t] - window) % 16].multiply(0) for x in (held.k, held.v)), held.pos)
+        for older, size in ((1, 400), (0, 200)):
+            slot = (pos[0, t] - window + 1 - older) % 16
+            one = dataclasses.replace(one, k=one.k.at[1, 0, 0, slot].set(size * np.sign(q[0, t, 0, 0])))
+        got = run(attention, q, one, pos, window)
+        np.testing.assert_allclose(got[0, t, 0, 0], one.v[1, 0, 0, slot], rtol=2.0**-22)  # e**-100 is next
+
+
+def test_the_reference_computes_in_f32_and_rounds_once():
+    held, q = filled(HELD, 2, 64, "bfloat16"), jnp.asarray(normal(3, 4, 2, 3, 64), "bfloat16")
+    got, want = np.asarray(run(attention_ops.attention_reference, q, held, POS), np.float64), wanted(q, held, POS)
+    assert (np.abs(got - want) <= 2.0**-8 * np.abs(want) + 1e-6).all()  # half a unit of bf16, and the f32 before it
+
+
+def read(held: KVCache, pos: np.ndarray, seed: int, window: int | None = None, dtype="float32"):
+    """Writes keys and values, alike for equal positions and seeds, to the second layer; what the tokens then see."""
+    b, t, heads, width = *pos.shape, held.k.shape[2], held.k.shape[4]
+    k, v, q = (jnp.asarray(normal(b, t, heads, n * width, seed=seed + s), dtype) for s, n in enumerate((1, 1, 2)))
+    held = write(held, 1, k, v, pos)
+    q = q.reshape(b, t, heads, 2, width)
+    return held, np.asarray(run(attention_ops.attention_reference, q, held, pos, window))
+
+
+write = jax.jit(cache.write)
+
+
+@pytest.mark.parametrize(
+    ("window", "chunk", "tokens", "dtype"),
+    [
+        (1, 1, 6, "float32"),
+        (5, 3, 40, "bfloat16"),
+        (3, 7, 45, "float32"),
+        (16, 1, 40, "float32"),
+        (16, 16, 100, "bfloat16"),
+        (40, 130, 400, "float32"),
+    ],
+)
+def test_a_ring_is_a_full_cache_with_a_window_bit_for_bit(window, chunk, tokens, dtype):
+    """Of two rows, of which one is 2 tokens shorter; the ring has no slot to spare."""
+    ring, full = (cache.empty(2, 2, 2, slots, 16, dtype) for slots in (window + chunk - 1, tokens + chunk))
+    for start in range(0, tokens, chunk):
+        pos = start + np.arange(chunk, dtype=np.int32) - np.array([[0], [2]], np.int32)
+        (ring, got), (full, want) = (read(held, pos, start, window, dtype) for held in (ring, full))
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(want.any(axis=(2, 3, 4)), pos >= 0)
+    assert tokens > 2 * ring.k.shape[3] or chunk == 130  # it has wrapped
+    assert (np.asarray(ring.pos)[1, 0] >= ring.k.shape[3]).all()
+
+
+@skipping
+@pytest.mark.parametrize(
+    ("t", "window", "aligned"), [(1, None, False), (1, 100, False), (1, 128, True), (140, 100, False)]
+)
+def test_skipping_changes_no_bit(attention, window, aligned, t):
+    """Slots that no query sees hold nan, so that visiting one of them shows."""
+    slots, end = 5 * attention_ops.BLOCK, 4 * attention_ops.BLOCK - 20
+    held, q = filled(np.arange(slots)[None], 2, 16), normal(1, t, 2, 2, 16)
+    held = dataclasses.replace(held, pos=held.pos.at[1, :, :, 256:512].set(-1))  # a hole
+    pos = np.arange(end - t, end, dtype=np.int32)[None]
+    sinks = normal(4)
+    got, want = (run(attention, q, held, pos, window, 0.3, aligned, sinks, (("skip", s),)) for s in (True, False))
+    np.testing.assert_array_equal(got, want)
+    needless = np.r_[256:512, 1024:slots] if window is None else np.r_[0:512, 1024:slots]
+    poisoned = dataclasses.replace(held, v=held.v.at[:, :, :, needless].set(jnp.nan))
+    np.testing.assert_array_equal(run(attention, q, poisoned, pos, window, 0.3, aligned, sinks), want)
+    assert np.isnan(run(attention, q, poisoned, pos, window, 0.3, aligned, sinks, (("skip", False),))).all()
+
+
+live_keys = jax.jit(attention_ops.live_keys, static_argnums=(2, 3))
+
+
+def test_the_keys_that_the_reference_visits_are_those_between_the_first_and_the_last_that_a_query_sees():
+    rng = np.random.default_rng(0)
+    for window, aligned in ((None, False), (1, False), (5, False), (12, False), (5, True)) * 12:
+        kept = [np.flatnonzero(rng.random(60) < 0.3) for _ in range(6)]
+        held = np.full((6, 60), -1, np.int32)
+        for row, positions in zip(held, kept, strict=True):
+            row[rng.permutation(60)[: len(positions)]] = positions
+        pos = np.maximum(rng.integers(0, 60, (2, 1)) + np.arange(-3, 1), -1).astype(np.int32)
+        pos[0, :] = -1 if rng.random() < 0.1 else pos[0, :]
+        found = live_keys(pos, held.reshape(2, 3, 60), window, aligned)
+        order, places, first, count = map(np.asarray, found)
+        for i, (b, head) in enumerate(np.ndindex(2, 3)):
+            queries = pos[b][pos[b] >= 0]
+            oldest = 0 if window is None else queries // window * window if aligned else queries - window + 1
+            seen = kept[i][(kept[i] >= np.min(oldest, initial=99)) & (kept[i] <= max(queries, default=-1))]
+            visited = slice(first[b, head], first[b, head] + max(count[b, head], 0))
+            np.testing.assert_array_equal(places[b, head][visited], seen)
+            np.testing.assert_array_equal(held[i][order[b, head][visited]], seen)
+
+
+@pytest.mark.parametrize("heads", [1, 2], ids=["one list", "lists of heads"])
+def test_a_compacted_cache_is_a_full_one_whose_evicted_slots_are_empty_bit_for_bit(heads):
+    tokens, keep, more, rng = 60, 23, 12, np.random.default_rng(0)
+    full = cache.empty(2, 2, 2, tokens + more, 16, "float32")
+    full, _ = read(full, np.arange(tokens, dtype=np.int32)[None] - np.array([[0], [5]], np.int32), 0)
+    lists = np.empty((2, 2, heads, keep), np.int32)
+    held = np.full((2, 2, heads, tokens + more), -1, np.int32)
+    for where in np.ndindex(2, 2, heads):  # slots are positions
+        n = keep - where[1]  # the second row's lists are one shorter, and end past the cache
+        lists[where] = np.r_[np.sort(rng.choice(tokens - 5 * where[1], n, replace=False)), [99] * (keep - n)]
+        held[where][lists[where][:n]] = lists[where][:n]
+    small, masked = compact(full, jnp.asarray(lists), more), dataclasses.replace(full, pos=jnp.asarray(held))
+    assert small.k.shape[3] == keep + more
+    for start in range(0, more, 3):
+        pos = tokens + start + np.arange(3, dtype=np.int32) - np.array([[0], [5]], np.int32)
+        (small, got), (masked, want) = (read(one, pos, start + 1) for one in (small, masked))
+        np.testing.assert_array_equal(got, want)
+        assert got.all()
+    full, everything = read(full, pos, start + 1)
+    assert np.abs(everything - want).max() > 1e-2  # what was evicted would have counted
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        ((9, 256, False, False), None),
+        ((8, 256, False, False), "no more than 8 tokens"),
+        ((9, 512, False, False), "heads of 512 are wider than cuDNN's 256"),
+        ((9, 12, False, False), "heads of 12 are no multiple of cuDNN's 8"),
+        ((9, 64, True, False), "windows of a fixed place"),
+        ((9, 64, False, True), "sinks"),
+    ],
+)
+def test_what_cudnn_does_not_take(call, why):
+    assert attention_ops.beyond_cudnn(*call) == why
 
 
 @pytest.mark.parametrize("t", [1, matmul_ops.FEW])
-def test_cudnn_leaves_few_queries_to_the_reference(t):
+def test_cudnn_leaves_few_queries_to_the_plain_products(t):
     held, q, pos = filled(HELD[:1], 2, 24), normal(1, t, 2, 2, 24), np.arange(t, dtype=np.int32)[None]
-    got, want = (
-        run(f, q, held, pos, window=3) for f in (attention_ops.attention_cudnn, attention_ops.attention_reference)
-    )
+    got, want = (run(f, q, held, pos, window=3) for f in (attention_ops.attention_cudnn, attention_ops.attention_dense))
     np.testing.assert_array_equal(got, want)
 
 
@@ -273,42 +410,52 @@ def test_default_ops_of_a_cpu_are_its_own_whatever_the_type():
         assert ops.default_ops(jax.devices("cpu")[0], np.dtype(dtype)) == ops.CPU
 
 
-def written(pos: np.ndarray, slots: int) -> KVCache:
+def written(pos: np.ndarray, slots: int, dtype: str) -> KVCache:
     """A cache after writing the positions `pos` [B, T] and all before them."""
     b, t = pos.shape
-    held = cache.empty(2, b, 2, slots, 64, jnp.bfloat16)
+    held = cache.empty(2, b, 2, slots, 64, dtype)
     for start in range(int(pos.max()) // t + 1):
         at = start * t + np.arange(t, dtype=np.int32)
         at = np.where(at <= pos[:, -1:], at, -1)
-        k, v = (jnp.asarray(normal(b, t, 2, 64, seed=2 * start + s), "bfloat16") for s in (0, 1))
-        held = cache.write(held, 1, k, v, jnp.asarray(at))
+        k, v = (jnp.asarray(normal(b, t, 2, 64, seed=2 * start + s), dtype) for s in (0, 1))
+        held = write(held, 1, k, v, jnp.asarray(at))
     return held
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("window", "positions_of"), [(None, 1), (100, 1), (40, 1), (None, 2), (40, 2)])
+@pytest.mark.parametrize(
+    ("implementation", "window", "positions_of"),
+    [("xla", None, 1), ("xla", 40, 2)]
+    + [
+        pytest.param("cudnn", *case, marks=pytest.mark.gpu)
+        for case in ((None, 1), (100, 1), (40, 1), (None, 2), (40, 2))
+    ],
+)
 @pytest.mark.parametrize(
     "ends",
     [(63, 63, 63), (63, 20, 3), (20, 63, -1), (130, 127, 191), (150, 5, 64)],
     ids=["full first chunk", "ragged first chunk", "with an empty row", "later chunk", "first and later ones"],
 )
-def test_cudnn_equals_the_reference(ends, window, positions_of):
-    """With positions that both heads share, and with positions of their own."""
-    t = 64
+def test_cudnn_equals_the_reference(ends, window, positions_of, implementation):
+    """With positions that both heads share, and with positions of their own. On a CPU with XLA's kernel, in f32."""
+    t, dtype = 64, "bfloat16" if implementation == "cudnn" else "float32"
     last = np.array(ends, np.int32)[:, None]
     first = np.array([max(0, end - t + 1) for end in ends])[:, None]  # a row's tokens end its chunk
     pos = last - t + 1 + np.arange(t, dtype=np.int32)
     pos = np.where(pos >= first, pos, -1).astype(np.int32)
-    held = written(pos, 256)
+    held = written(pos, 256, dtype)
     held = dataclasses.replace(held, pos=jnp.repeat(held.pos, positions_of, axis=2))
-    q = jnp.asarray(normal(3, t, 2, 4, 64, seed=9), "bfloat16")
+    q = jnp.asarray(normal(3, t, 2, 4, 64, seed=9), dtype)
     got, want = (
-        np.asarray(run(attention, q, held, pos, window, 0.125), np.float64)
-        for attention in (attention_ops.attention_cudnn, attention_ops.attention_reference)
+        np.asarray(run(attention, q, held, pos, window, 0.125, options=options), np.float64)
+        for attention, options in (
+            (attention_ops.attention_cudnn, (("implementation", implementation),)),
+            (attention_ops.attention_reference, ()),
+        )
     )
     real = pos >= 0  # what comes out for a pad is never used
-    # both round weights and results to bf16, in another order: 2**-9 each
-    assert np.linalg.norm((got - want)[real]) <= 1e-2 * np.linalg.norm(want[real])
+    # bf16: weights and results are rounded, 2**-9 each; f32: sums of up to 192 terms
+    tolerance = 1e-2 if implementation == "cudnn" else 1e-6
+    assert np.linalg.norm((got - want)[real]) <= tolerance * np.linalg.norm(want[real])
 
 
 @pytest.mark.gpu

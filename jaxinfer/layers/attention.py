@@ -68,12 +68,13 @@ def attention(
     ops: Ops,
     *,
     source: Index | None = None,
+    reader: Index | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Grouped-query attention (arXiv:2305.13245): writes this call's keys and values, then attends to the cache.
 
     x [B, T, D] in the activations' type, softmax in f32. Positions below zero mark padding: nothing is stored for
-    them and nothing attends to them. A layer without keys of its own attends to those of layer `source` of the cache.
-    Returns (y [B, T, D], cache).
+    them and nothing attends to them. A layer without keys of its own attends to those of layer `source` of the cache,
+    and where the cache keeps recent queries it is its `reader`. Returns (y [B, T, D], cache).
     """
     b, t, _ = x.shape
 
@@ -98,10 +99,14 @@ def attention(
         k = linear(p.k, layer, x, ops)
         v = heads(k if p.v is None else linear(p.v, layer, x, ops), None)
         v = rms_norm(v, None, spec.eps) if spec.norm_values else v
-        cache, source = caches.write(cache, layer, turned(heads(k, p.k_norm)), v, pos), layer
+        cache, source, reader = caches.write(cache, layer, turned(heads(k, p.k_norm)), v, pos), layer, layer
     assert source is not None
+    q = q.reshape(b, t, spec.kv_heads, spec.group, spec.width)
+    if cache.recent_q is not None:
+        assert reader is not None
+        cache = caches.capture(cache, reader, q.astype(jnp.float32) * spec.scale, pos)
     o = ops.attention(
-        q.reshape(b, t, spec.kv_heads, spec.group, spec.width),
+        q,
         cache,
         source,
         pos,

@@ -5,7 +5,7 @@ ones; 26B-A4B has experts beside each feed-forward layer; in 12B, 26B and 31B th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer import decoder, segments
 from jaxinfer.cache import KVCache
-from jaxinfer.decoder import embed, init_cache, logits
+from jaxinfer.decoder import embed, init_cache, last_of, logits
 from jaxinfer.layers.attention import AttentionParams, AttentionSpec, attention
 from jaxinfer.layers.linear import Linear, linear
 from jaxinfer.layers.mlp import MlpParams, gelu_gate, mlp
@@ -83,7 +83,6 @@ class EmbeddingParams:
 
 @pytree
 class Params(decoder.Params):
-    sharing: tuple[segments.Segment, ...] = ()  # the last layers, which have no keys of their own
     inputs: EmbeddingParams | None = None
 
 
@@ -132,7 +131,7 @@ def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config,
     read = params(weights, whole, layer, layers=own)
     tail = [layer(Block(weights, f"blk.{i}."), i) for i in range(own, layers)]
     inputs = _embedding(weights, whole) if whole.inputs else None
-    return whole, Params(**vars(read), sharing=weights.segments(tail), inputs=inputs)
+    return whole, Params(**{**vars(read), "sharing": weights.segments(tail)}, inputs=inputs)
 
 
 def _mixers(metadata: Metadata, weights: Weights, kinds: Sequence[str]) -> dict[str, AttentionSpec]:
@@ -192,10 +191,10 @@ def forward(
     x = embed(params.embedding, tokens, config)
     inputs = None if params.inputs is None else _inputs(params.inputs, tokens, x, config, ops)
 
-    def layer(p: LayerParams, i: Index, carry: tuple[Array, Array], held: KVCache, source: Index | None = None):
+    def layer(p: LayerParams, i: Index, carry: tuple[Array, Array], held: KVCache, **shared: Index):
         x, number = carry
         spec: Any = config.mixer(p.kind)
-        y, held = attention(p.mixer, i, rms_norm(x, p.norm[i], config.eps), pos, held, spec, ops, source=source)
+        y, held = attention(p.mixer, i, rms_norm(x, p.norm[i], config.eps), pos, held, spec, ops, **shared)
         x = x + rms_norm(y, p.post_norm[i], config.eps)
         x = x + rms_norm(_feed_forward(p, i, x, pos, config, ops), p.ffn_post_norm[i], config.eps)
         if p.input is not None:
@@ -208,24 +207,25 @@ def forward(
         return (x, number + 1), held
 
     carry, cache = segments.run(params.layers, cache, (x, jnp.int32(0)), layer)
-    sources = {kind: _last(params.layers, cache, kind) for kind, _ in config.mixers}
+    if not params.sharing:
+        return carry[0], cache
+    places = {kind: last_of(params.layers, kind) for kind, _ in config.mixers}
+    sources = {kind: cache[s][j] for kind, (s, j) in places.items()}
+    recent = {kind: (held.recent_q, jnp.int32(held.k.shape[0])) for kind, held in sources.items()}
 
-    def sharing(p: LayerParams, i: Index, carry: tuple[Array, Array], held: None):
-        return layer(p, i, carry, *sources[p.kind])[0], held
+    def sharing(p: LayerParams, i: Index, carry: tuple[Any, Any], held: None):
+        carry, recent = carry
+        (queries, reader), source = recent[p.kind], sources[p.kind]
+        seen = replace(source, recent_q=queries)
+        carry, seen = layer(p, i, carry, seen, source=source.k.shape[0] - 1, reader=reader)
+        return (carry, recent | {p.kind: (seen.recent_q, reader + 1)}), held
 
     nothing = tuple((None,) * len(s.layers) for s in params.sharing)
-    (x, _), _ = segments.run(params.sharing, nothing, carry, sharing)
-    return x, cache
-
-
-def _last(layers: tuple[segments.Segment, ...], cache: Any, kind: str) -> tuple[KVCache, int]:
-    """The cache of the last layer of a kind, and its index in the stack."""
-    return next(
-        (held, segment.repeats - 1)
-        for segment, caches in reversed(list(zip(layers, cache, strict=True)))
-        for p, held in reversed(list(zip(segment.layers, caches, strict=True)))
-        if p.kind == kind
-    )
+    ((x, _), recent), _ = segments.run(params.sharing, nothing, (carry, recent), sharing)
+    held = [list(caches) for caches in cache]
+    for kind, (s, j) in places.items():
+        held[s][j] = replace(sources[kind], recent_q=recent[kind][0])
+    return x, tuple(map(tuple, held))
 
 
 def _inputs(

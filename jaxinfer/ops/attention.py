@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,16 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.cache import KVCache
+from jaxinfer.ops.form import form
 from jaxinfer.ops.matmul import FEW
 from jaxinfer.quants import at
 from jaxinfer.tree import Index
 
+TILE, BLOCK = 128, 256  # queries and keys at a time on a CPU: fastest of 64 to 512 for heads of 64, caches of 768
+FAR = jnp.iinfo(jnp.int32).max  # a position that no query sees
 
+
+@form("key by key, in the order of positions")
 def attention_reference(
     q: Float[Array, "B T K G H"],
     cache: KVCache,
@@ -26,26 +31,65 @@ def attention_reference(
     window: int | None = None,
     aligned: bool = False,
     sinks: Float[Array, " N"] | None = None,
+    skip: bool = True,
 ) -> Float[Array, "B T K G H"]:
     """softmax(scale * q k^T) v over the cached positions p that a query at `pos` sees: pos - window < p <= pos.
 
     Where windows are `aligned`, it sees those from the last multiple of `window` on. A head's sink is the score of a
-    key without a value. Operands in q's type, scores and softmax in f32. A query that sees nothing, such as a pad,
-    gives zeros.
+    key without a value. All in f32, the result in q's type. A query that sees nothing, such as a pad, gives zeros.
+
+    The softmax is that of arXiv:2307.08691, section 3.1, with blocks of one key, in the order of positions. A key that
+    a query does not see has the weight exp(-inf) = 0 and leaves the rest times exp(0) = 1: it changes no bit. So the
+    bits depend on what a query sees, and not on which slots hold it, on what lies between, on other rows, or on `skip`:
+    without it all slots are visited, and not only those that a query of the tile may see.
     """
-    b, t, kv_heads, group, width = q.shape
-    k, v, held = (at(a, layer) for a in (cache.k, cache.v, cache.pos))
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    dot = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    rows = q.transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, width)
-    s = dot("bkqh,bksh->bkqs", rows, k.astype(q.dtype)).reshape(b, kv_heads, group, t, -1) * scale
-    s = jnp.where(visible(pos, held, window, aligned)[:, :, None], s, -jnp.inf)
-    first, total = _start(sinks, (b, kv_heads, group, t))
-    top = jnp.maximum(s.max(-1, keepdims=True), first)
-    e = jnp.exp(s - top)
-    total = jnp.maximum(e.sum(-1, keepdims=True) + total * jnp.exp(first - top), jnp.finfo(jnp.float32).tiny)
-    o = dot("bkqs,bksh->bkqh", e.astype(q.dtype).reshape(b, kv_heads, group * t, -1), v.astype(q.dtype))
-    return (o.reshape(b, kv_heads, group, t, width) / total).transpose(0, 3, 1, 2, 4).astype(q.dtype)
+
+    def tile(q: Float[Array, "B T K G H"], pos: Int[Array, "B T"]) -> Float[Array, "B T K G H"]:
+        b, t, kv_heads, group, width = q.shape
+        order, held, first, count = live_keys(pos, at(cache.pos, layer), window, aligned)
+        if not skip:
+            first, count = jnp.zeros_like(first), jnp.full_like(count, held.shape[2])
+        row, head = jnp.arange(b)[:, None], jnp.arange(kv_heads)
+        queries = jnp.tile(pos, (1, group))  # [B, Q] for Q = G * T; the last axis also of what follows: 3 times as fast
+        rows = (q.astype(jnp.float32) * scale).transpose(0, 2, 4, 3, 1).reshape(b, kv_heads, width, group * t)
+
+        def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, o = carry
+            n = (first + i)[..., None]
+            key = jnp.take_along_axis(held, n, axis=2, mode="fill", fill_value=FAR)  # [B, P, 1]
+            slot = jnp.take_along_axis(order, n, axis=2, mode="clip")[..., 0]
+            where = layer, row, head, jnp.broadcast_to(slot, (b, kv_heads))
+            k, v = (a.at[where].get(mode="promise_in_bounds").astype(jnp.float32) for a in (cache.k, cache.v))
+            s = jnp.einsum("bkhq,bkh->bkq", rows, k, precision=lax.Precision.HIGHEST)
+            s = jnp.where(visible(queries, key, window, aligned)[..., 0], s, -jnp.inf)
+            new = jnp.maximum(top, s)
+            e, decay = jnp.exp(s - new), jnp.exp(top - new)
+            return new, total * decay + e, o * decay[:, :, None] + e[:, :, None] * v[..., None]
+
+        start = (x.reshape(b, kv_heads, group * t) for x in _start(sinks, (b, kv_heads, group, t)))
+        _, total, o = lax.fori_loop(0, count.max(), visit, (*start, jnp.zeros_like(rows)))
+        o = (o / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[:, :, None]).astype(q.dtype)
+        return o.reshape(b, kv_heads, width, group, t).transpose(0, 4, 1, 3, 2)
+
+    return _by_tiles(tile, q, pos, TILE)
+
+
+def live_keys(
+    pos: Int[Array, "B T"], held: Int[Array, "B P S"], window: int | None, aligned: bool = False
+) -> tuple[Int[Array, "B P S"], Int[Array, "B P S"], Int[Array, "B P"], Int[Array, "B P"]]:
+    """Slots in the order of the positions that they hold, empty ones last, and those positions, FAR for the empty.
+
+    Then which of them is the first that a query of the row may see, and how many there are to the last; none: <= 0.
+    """
+    held = jnp.where(held < 0, FAR, held)
+    order = jnp.argsort(held, axis=2)
+    held = jnp.take_along_axis(held, order, axis=2)
+    oldest = 0
+    if window is not None:
+        query = jnp.where(pos < 0, FAR, pos).min(1)[:, None, None]
+        oldest = query // window * window if aligned else query - window + 1
+    first = (held < oldest).sum(2)
+    return order, held, first, (held <= pos.max(1)[:, None, None]).sum(2) - first
 
 
 def visible(
@@ -67,10 +111,8 @@ def _start(sinks: Array | None, shape: tuple[int, ...]) -> tuple[Array, Array]:
     return jnp.broadcast_to(tops, (*shape, 1)), jnp.ones((*shape, 1))
 
 
-TILE, BLOCK = 128, 256  # queries and keys at a time on a CPU: fastest of 64 to 512 for heads of 64, caches of 768
-
-
-def attention_blocks(
+@form("all slots at once")
+def attention_dense(
     q: Float[Array, "B T K G H"],
     cache: KVCache,
     layer: Index,
@@ -81,20 +123,50 @@ def attention_blocks(
     aligned: bool = False,
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T K G H"]:
+    """The reference's attention as two products over all slots. Operands in q's type, scores and softmax in f32."""
+    b, t, kv_heads, group, width = q.shape
+    k, v, held = (at(a, layer) for a in (cache.k, cache.v, cache.pos))
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    dot = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    rows = q.transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, width)
+    s = dot("bkqh,bksh->bkqs", rows, k.astype(q.dtype)).reshape(b, kv_heads, group, t, -1) * scale
+    s = jnp.where(visible(pos, held, window, aligned)[:, :, None], s, -jnp.inf)
+    first, total = _start(sinks, (b, kv_heads, group, t))
+    top = jnp.maximum(s.max(-1, keepdims=True), first)
+    e = jnp.exp(s - top)
+    total = jnp.maximum(e.sum(-1, keepdims=True) + total * jnp.exp(first - top), jnp.finfo(jnp.float32).tiny)
+    o = dot("bkqs,bksh->bkqh", e.astype(q.dtype).reshape(b, kv_heads, group * t, -1), v.astype(q.dtype))
+    return (o.reshape(b, kv_heads, group, t, width) / total).transpose(0, 3, 1, 2, 4).astype(q.dtype)
+
+
+@form(f"blocks of {BLOCK} keys")
+def attention_blocks(
+    q: Float[Array, "B T K G H"],
+    cache: KVCache,
+    layer: Index,
+    pos: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int | None = None,
+    aligned: bool = False,
+    sinks: Float[Array, " N"] | None = None,
+    skip: bool = True,
+) -> Float[Array, "B T K G H"]:
     """The reference's attention, a tile of queries and a block of keys at a time (FlashAttention, arXiv:2205.14135).
 
     Blocks in which no query of the tile sees a key are not visited, so that the cost follows the tokens in the cache,
-    or in the window, and not the slots. The stack is read in place.
+    or in the window, and not the slots. Without `skip` they are, which changes no bit. The stack is read in place.
     """
-    one = partial(_attend_tile, cache=cache, layer=layer, scale=scale, window=window, aligned=aligned, sinks=sinks)
-    return _by_tiles(one, q, pos, TILE)
+    options = {"scale": scale, "window": window, "aligned": aligned, "sinks": sinks, "skip": skip}
+    return _by_tiles(partial(_attend_tile, cache=cache, layer=layer, **options), q, pos, TILE)
 
 
+@form("all slots at once, for 128 queries at a time")
 def attention_tiles(
     q: Float[Array, "B T K G H"], cache: KVCache, layer: Index, pos: Int[Array, "B T"], **options: Any
 ) -> Float[Array, "B T K G H"]:
-    """The reference a tile of queries at a time, so that no more than a tile's scores are ever there."""
-    return _by_tiles(lambda q, pos: attention_reference(q, cache, layer, pos, **options), q, pos, TILE)
+    """All slots a tile of queries at a time, so that no more than a tile's scores are ever there."""
+    return _by_tiles(lambda q, pos: attention_dense(q, cache, layer, pos, **options), q, pos, TILE)
 
 
 def _by_tiles(
@@ -121,11 +193,13 @@ def _attend_tile(
     window: int | None,
     aligned: bool,
     sinks: Array | None,
+    skip: bool,
 ) -> Float[Array, "B T K G H"]:
     b, t, kv_heads, group, width = q.shape
     slots = cache.k.shape[3]
     block = min(BLOCK, slots)
     order, count = live_blocks(pos, at(cache.pos, layer), block, window)
+    order, count = (order, count) if skip else (jnp.arange(len(order)), len(order))
     dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     rows = (q * scale).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, width)
 
@@ -179,28 +253,31 @@ def attention_cudnn(
     window: int | None = None,
     aligned: bool = False,
     sinks: Float[Array, " N"] | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T K G H"]:
-    """The reference's attention through cuDNN's fused kernel, for chunks; few queries take the reference.
+    """The reference's attention through cuDNN's fused kernel, for chunks; few queries take all slots at once.
 
     A first chunk, whose keys are all its own, is plain causal attention; a later one needs the mask as a bias, and
-    visits every slot. Operands must be bf16 or f16, see `default_ops`; what cuDNN does not know takes the
-    reference, a tile at a time: heads wider than 256 or no multiple of 8, sinks, aligned windows. A row's tokens must
-    be consecutive and end the chunk, as `left_pad` lays them.
+    visits every slot. Operands must be bf16 or f16, see `default_ops`; what cuDNN does not know takes all slots at
+    once, a tile at a time, see `beyond_cudnn`. A row's tokens must be consecutive and end the chunk, as `left_pad` lays
+    them. JAX traces cuDNN's kernel only where the library is: elsewhere its own `implementation` can stand for it.
     """
     b, t, kv_heads, group, width = q.shape
-    if t <= FEW or width > 256 or width % 8 or aligned or sinks is not None:
-        return attention_tiles(q, cache, layer, pos, scale=scale, window=window, aligned=aligned, sinks=sinks)
+    if why := beyond_cudnn(t, width, aligned, sinks is not None):
+        with form("all slots at once", why):
+            return attention_tiles(q, cache, layer, pos, scale=scale, window=window, aligned=aligned, sinks=sinks)
     heads = q.reshape(b, t, kv_heads * group, width)
-    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation=implementation)
 
-    def first(_: None) -> Array:
+    @form("cuDNN, causal, for a first chunk")
+    def first() -> Array:
         pads = t - 1 - pos[:, -1:]  # rolled to the end, where causality hides them: then slot, position and row agree
         order = (jnp.arange(t) + pads) % t
         back = (jnp.arange(t) - pads) % t
         own = [swapped(a)[:, :t] for a in (cache.k, cache.v)]
         return take_rows(attend(take_rows(heads, order), *own, is_causal=True), back)
 
-    def later(_: None) -> Array:
+    def later() -> Array:
         bias = jnp.where(visible(pos, at(cache.pos, layer), window), 0.0, -jnp.inf).astype(q.dtype)
         if bias.shape[1] > 1:
             bias = jnp.repeat(bias, group, axis=1)
@@ -213,6 +290,29 @@ def attention_cudnn(
     def take_rows(x: Array, rows: Array) -> Array:
         return jnp.take_along_axis(x, rows[:, :, None, None], axis=1)
 
-    whole = cache.shift is None and cache.k.shape[3] >= t and (window is None or window >= t)  # slots are positions
-    alone = (pos[:, -1] < t).all() if whole else False
-    return lax.cond(alone, first, later, None).reshape(q.shape)
+    bias = "cuDNN, all slots with the mask as a bias"
+    if why := _beyond_causal(cache, t, window):
+        return form(bias, why)(later)().reshape(q.shape)
+    return lax.cond((pos[:, -1] < t).all(), first, form(bias, "a later chunk")(later)).reshape(q.shape)
+
+
+def beyond_cudnn(tokens: int, width: int, aligned: bool, sinks: bool) -> str | None:
+    """Why a call does not take cuDNN's kernel, None where it does."""
+    if tokens <= FEW:
+        return f"no more than {FEW} tokens"
+    if width > 256:
+        return f"heads of {width} are wider than cuDNN's 256"
+    if width % 8:
+        return f"heads of {width} are no multiple of cuDNN's 8"
+    if aligned:
+        return "windows of a fixed place"
+    return "sinks" if sinks else None
+
+
+def _beyond_causal(cache: KVCache, tokens: int, window: int | None) -> str | None:
+    """Why not even a first chunk is plain causal attention to the first slots."""
+    if cache.shift is not None:
+        return "slots are not positions after an eviction"
+    if window is not None and window < tokens:
+        return f"a window of {window} is shorter than the chunk"
+    return f"{cache.k.shape[3]} slots are fewer than the chunk" if cache.k.shape[3] < tokens else None

@@ -11,12 +11,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxinfer.ops.form import form
+
 CHUNK = 64  # tokens whose corrections are solved for together
 FEW = 8  # tokens up to which the recurrence is no slower than a whole chunk (3 ms, 16 heads of 128 on 2 cores)
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
+@form("token by token")
 def gated_delta_reference(
     q: Float[Array, "B T K S"],
     k: Float[Array, "B T K S"],
@@ -91,7 +94,8 @@ def gated_delta_chunked(
         delta = v - _matmul(k, m)
         return decay * m + _matmul(k_t, delta), _matmul(q, m) + _matmul(scores, delta)
 
-    state, o = lax.scan(step, state, chunks)
+    with form(f"chunks of {CHUNK} tokens"):
+        state, o = lax.scan(step, state, chunks)
     return jnp.moveaxis(o, (0, 2), (1, 3)).reshape(b, -1, n, width)[:, :t], state
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxinfer.ops.form import form
 from jaxinfer.ops.matmul import FEW, matmul_reference
 from jaxinfer.quants import Weight, at, dense
 from jaxinfer.tree import Index, pytree
@@ -56,9 +57,11 @@ def experts_reference(
     f32. Many rows are grouped by expert, see `_grouped` for what that takes; few pass one choice after the other.
     """
     if len(x) > FEW:
-        y = _grouped(p, layer, x, chosen, valid, activation)
+        with form("grouped by expert"):
+            y = _grouped(p, layer, x, chosen, valid, activation)
     else:
-        y = _each(p, layer, x, chosen, lambda one: partial(lax.map, one), _product, activation)
+        with form("choice by choice"):
+            y = _each(p, layer, x, chosen, lambda one: partial(lax.map, one), _product, activation)
     return _weighted(y, weights, valid)
 
 
@@ -82,7 +85,8 @@ def experts_gpu(
     def product(x: Array, w: Weight) -> Array:
         return (x[:, None].astype(jnp.float32) * dense(w)).sum(-1)
 
-    y = _each(p, layer, x, chosen, jax.vmap, product, activation)
+    with form("all choices at once, in place"):
+        y = _each(p, layer, x, chosen, jax.vmap, product, activation)
     return _weighted(y, weights, valid)
 
 

@@ -5,6 +5,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxinfer.ops.form import form
 from jaxinfer.quants import Weight, at, dense
 from jaxinfer.tree import Index
 
@@ -12,6 +13,7 @@ LONG, RUN = 2**14, 256  # rows so long are summed in runs: 102 us in place of 20
 FEW = 8  # rows of activations up to which a product is bound by its weight's bytes alone
 
 
+@form("product")
 def matmul_reference(
     x: Float[Array, "B T D"], w: Weight, layer: Index | None = None, *, dtype: DTypeLike | None = None
 ) -> Float[Array, "B T F"]:
@@ -35,8 +37,9 @@ def matmul_gpu(
     """
     if x.shape[0] * x.shape[1] > FEW:
         return matmul_reference(x, w, layer, dtype=dtype)
-    w = dense(w if layer is None else at(w, layer), jnp.float32)
-    y = x[:, :, None, :].astype(jnp.float32) * w
-    if w.shape[-1] >= LONG and w.shape[-1] % RUN == 0:
-        y = lax.optimization_barrier(y.reshape(*y.shape[:-1], -1, RUN).sum(-1))
-    return y.sum(-1).astype(dtype or x.dtype)
+    with form("multiply and sum, in place"):
+        w = dense(w if layer is None else at(w, layer), jnp.float32)
+        y = x[:, :, None, :].astype(jnp.float32) * w
+        if w.shape[-1] >= LONG and w.shape[-1] % RUN == 0:
+            y = lax.optimization_barrier(y.reshape(*y.shape[:-1], -1, RUN).sum(-1))
+        return y.sum(-1).astype(dtype or x.dtype)
