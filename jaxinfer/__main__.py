@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 
-from jaxinfer import arguments, bench, gguf, hub, memory, presses
+from jaxinfer import arguments, bench, gguf, hub, memory, needle, presses
 from jaxinfer.arguments import AUTO, Given
 from jaxinfer.explain import explain, lines
 from jaxinfer.generate import GPU_CHUNK, Prompt, Stats, default_chunk, device_of, encode, stream
 from jaxinfer.info import info
 from jaxinfer.layers.attention import AttentionSpec
+from jaxinfer.layers.rope import Rope
 from jaxinfer.loader import Loaded, Model, describe, load
 from jaxinfer.ops import GPU
 from jaxinfer.perplexity import perplexity
@@ -114,12 +115,36 @@ def run_perplexity(given: Given, terminal: Terminal) -> None:
     model, params, tokenizer = _load(given, terminal)
     if tokenizer is None:
         raise ValueError(f"{given['model']}: the file has no tokenizer, which perplexity needs")
+    if given.get("ctx") == AUTO:
+        raise ValueError("--ctx auto: the windows of perplexity have a length of their own, such as 512")
     ids, bos = tokenizer.encode(text), tokenizer.bos_id if tokenizer.add_bos else None
-    estimate = None
-    for estimate in perplexity(model, params, ids, bos=bos, **_pick(given, "ctx", "chunk")):
+    options, estimate = {"eviction": _eviction(given, model), **_pick(given, "ctx", "chunk")}, None
+    for estimate in perplexity(model, params, ids, bos=bos, **options):
         print(f"[{estimate.windows}]{estimate.perplexity:.4f},", end="", flush=True)
     if estimate:
         print(f"\nFinal estimate: PPL = {estimate.perplexity:.4f} +/- {estimate.error:.5f}", flush=True)
+
+
+def run_needle(given: Given, terminal: Terminal) -> None:
+    loaded = _load(given, terminal)
+    most = int(loaded.model.config.context) - given.get("max_tokens", 16)
+    names, keeps = given.get("press", ["snapkv"]), given.get("keep", [])
+    options = _pick(given, "window", "one_list", "interleaved")
+    policies = needle.policies(names, keeps, _rope(loaded.model), **options)
+    cases = {"lengths": [most], "depths": [0.1, 0.5, 0.9], **_pick(given, "lengths", "depths", "seeds", "batch")}
+    found = []
+
+    def answers() -> Iterator[needle.Answer]:
+        for one in needle.answers(*loaded, policies, **cases, **_pick(given, "max_tokens", "chunk")):
+            found.append(one)
+            if len(found) % len(policies) == 0:
+                terminal.busy(f"asked {len(found) // len(policies)} prompts")
+            yield one
+
+    for line in needle.table(answers(), given.get("output", "md")):
+        print(line, flush=True)
+    if "plot" in given:
+        needle.plot(found, given["plot"])
 
 
 def run_info(given: Given, terminal: Terminal) -> None:
@@ -162,6 +187,7 @@ RUN = {
     "chat": run_chat,
     "bench": run_bench,
     "perplexity": run_perplexity,
+    "eval needle": run_needle,
     "info": run_info,
     "explain": run_explain,
 }
@@ -304,9 +330,14 @@ def _eviction(given: Given, model: Model) -> Eviction | None:
         if others:
             raise ValueError(f"--{next(iter(others)).replace('_', '-')} needs --keep: how many tokens stay, or auto")
         return None
-    full = [spec for _, spec in model.config.mixers if isinstance(spec, AttentionSpec) and spec.window is None]
-    press = presses.press(given.get("press", "snapkv"), full[0].rope if full else None, given.get("window"))
+    press = presses.press(given.get("press", "snapkv"), _rope(model), given.get("window"))
     return Eviction(press=press, keep=None if keep == AUTO else keep, **_pick(given, "one_list", "interleaved"))
+
+
+def _rope(model: Model) -> Rope | None:
+    """Of the layers that can be evicted from."""
+    full = [spec for _, spec in model.config.mixers if isinstance(spec, AttentionSpec) and spec.window is None]
+    return full[0].rope if full else None
 
 
 def _session(given: Given, terminal: Terminal, loaded: Loaded) -> Session:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn
 
-from jaxinfer import bench, config, hub
+from jaxinfer import bench, config, hub, needle
 from jaxinfer.presses import PRESSES
 
 DTYPES = ("float32", "bfloat16")
@@ -66,6 +66,17 @@ def _numbers(text: str) -> list[int]:
         return [int(n) for n in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 512,2048") from None
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        return [float(n) for n in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.1,0.5") from None
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _count(text: str) -> int | str:
@@ -162,6 +173,23 @@ BENCH = (
 RUN = (*LOAD, DTYPE, CHUNK, CTX, CACHE, *EVICT)
 
 
+WINDOW, ONE_LIST, INTERLEAVED = EVICT[2:]
+NEEDLE = (
+    Option("--lengths", list, "tokens of prompts: 512,1024", {"type": _numbers}),
+    Option("--depths", list, "where the needle is, from 0 to 1: 0.1,0.5,0.9", {"type": _fractions}),
+    Option("--seeds", int, "prompts of each length"),
+    Option("--snapkv-keep --keep", list, "tokens that a layer keeps, beside all: 256,1024", {"type": _numbers}),
+    Option("--press", list, f"presses, with commas: {','.join(PRESSES)}", {"type": _names}),
+    WINDOW,
+    ONE_LIST,
+    INTERLEAVED,
+    Option("-n --max-tokens", int, "most tokens of an answer"),
+    Option("--batch", int, "prompts read together"),
+    Option("-o --output", str, "form of the table", {"choices": needle.FORMS}),
+    Option("--plot", str, "file for a picture of it; needs jaxinfer[plot]", {"metavar": "FILE"}),
+)
+
+
 class Command(NamedTuple):
     help: str
     options: tuple[Option, ...]
@@ -173,6 +201,9 @@ COMMANDS = {
     "prefill": Command("reads a prompt into a session's file, for questions to come", (*RUN, *TEXT, TEMPLATE, SAVE)),
     "bench": Command("measures speed, as llama-bench does", (*LOAD, *BENCH)),
     "perplexity": Command("scores a text, as llama-perplexity does", (*LOAD, DTYPE, CHUNK, CTX, *EVICT, *TEXT)),
+    "eval needle": Command(
+        "asks for a sentence hidden in long texts, by what is evicted", (*LOAD, DTYPE, CHUNK, *NEEDLE)
+    ),
     "info": Command("shows what a file holds and how it will run", (*LOAD, DTYPE, CTX, FIT)),
     "explain": Command("shows what each layer keeps and how it is computed", (*LOAD, DTYPE, CHUNK, CTX)),
 }
@@ -205,7 +236,9 @@ def read(argv: list[str]) -> tuple[str, Given]:
         return _run_file(argv[1:])
     if argv[0].startswith("-"):
         return "generate", _parse("generate", argv)
-    return _command(argv[0]), _parse(argv[0], argv[1:])
+    words = 2 if argv[0] == "eval" else 1
+    command = _command(" ".join(argv[:words]))
+    return command, _parse(command, argv[words:])
 
 
 def _command(name: str) -> str:
@@ -218,8 +251,9 @@ def _command(name: str) -> str:
 def _run_file(argv: list[str]) -> tuple[str, Given]:
     if not argv or argv[0].startswith("-"):
         raise ValueError("run needs the path of a TOML file first: jaxinfer run CONFIG.toml")
-    types = [{o.name: o.type for o in c.options if o.type} for c in COMMANDS.values()]
-    allowed = {"command": str} | {name: kind for one in types for name, kind in one.items()}
+    allowed: dict[str, Any] = {"command": str}
+    for option in (o for c in COMMANDS.values() for o in c.options if o.type):
+        allowed[option.name] = allowed.get(option.name, option.type) | option.type
     command = _command(config.read(argv[0], allowed).get("command", "generate"))
     options = {o.name: o for o in COMMANDS[command].options}
     values = config.read(argv[0], {"command": str} | {name: o.type for name, o in options.items() if o.type})

@@ -98,8 +98,10 @@ def evict(
     for stack in full.values():
         if press.window > (seen := 0 if stack.recent_q is None else stack.recent_q.shape[2]):
             raise ValueError(f"the press looks from {press.window} tokens, but the cache has the queries of {seen}")
+    if isinstance(press, LagKV) and any(stack.shift is not None for stack in full.values()):
+        raise ValueError("LagKV ranks parts of a whole prompt, but some of it was evicted before")
 
-    def scores(at: tuple[int, int]) -> Float[Array, "R B K S"]:
+    def scores(at: tuple[int, int]) -> Any:  # Float[Array, "R B K S"], or its shape
         return call(_scores, press, full[at], params.layers[at[0]].layers[at[1]].mixer.sinks)
 
     common, counts = [], _counts(press, full, keep, tokens)
