@@ -129,7 +129,7 @@ def run_needle(given: Given, terminal: Terminal) -> None:
     loaded = _load(given, terminal)
     most = int(loaded.model.config.context) - given.get("max_tokens", 16)
     names, keeps = given.get("press", ["snapkv"]), given.get("keep", [])
-    options = _pick(given, "window", "one_list", "interleaved")
+    options = _pick(given, "window", "kernel", "one_list", "interleaved")
     policies = needle.policies(names, keeps, _rope(loaded.model), **options)
     cases = {"lengths": [most], "depths": [0.1, 0.5, 0.9], **_pick(given, "lengths", "depths", "seeds", "batch")}
     found = []
@@ -325,12 +325,12 @@ def _context(given: Given, model: Model, params: Any, device: Device, *, expand:
 
 
 def _eviction(given: Given, model: Model) -> Eviction | None:
-    keep, others = given.get("keep", 0), _pick(given, "press", "window", "one_list", "interleaved")
+    keep, others = given.get("keep", 0), _pick(given, "press", "window", "kernel", "one_list", "interleaved")
     if keep == 0:
         if others:
             raise ValueError(f"--{next(iter(others)).replace('_', '-')} needs --keep: how many tokens stay, or auto")
         return None
-    press = presses.press(given.get("press", "snapkv"), _rope(model), given.get("window"))
+    press = presses.press(given.get("press", "snapkv"), _rope(model), given.get("window"), given.get("kernel"))
     return Eviction(press=press, keep=None if keep == AUTO else keep, **_pick(given, "one_list", "interleaved"))
 
 

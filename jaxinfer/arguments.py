@@ -130,6 +130,7 @@ EVICT = (
     ),
     Option("--press", str, "what is kept: by the scores of this press; snapkv by default", {"choices": list(PRESSES)}),
     Option("--snapkv-window --window", int, "last tokens of the prompt whose queries the press looks at"),
+    Option("--kernel", int, "neighbours over which SnapKV and its kin pool their scores; odd"),
     Option("--one-list", bool, "keep the same tokens in all layers and heads"),
     Option("--interleaved", bool, "evict after every chunk of the prompt: less memory, another result"),
 )
@@ -173,7 +174,7 @@ BENCH = (
 RUN = (*LOAD, DTYPE, CHUNK, CTX, CACHE, *EVICT)
 
 
-WINDOW, ONE_LIST, INTERLEAVED = EVICT[2:]
+WINDOW, KERNEL, ONE_LIST, INTERLEAVED = EVICT[2:]
 NEEDLE = (
     Option("--lengths", list, "tokens of prompts: 512,1024", {"type": _numbers}),
     Option("--depths", list, "where the needle is, from 0 to 1: 0.1,0.5,0.9", {"type": _fractions}),
@@ -181,6 +182,7 @@ NEEDLE = (
     Option("--snapkv-keep --keep", list, "tokens that a layer keeps, beside all: 256,1024", {"type": _numbers}),
     Option("--press", list, f"presses, with commas: {','.join(PRESSES)}", {"type": _names}),
     WINDOW,
+    KERNEL,
     ONE_LIST,
     INTERLEAVED,
     Option("-n --max-tokens", int, "most tokens of an answer"),

@@ -91,8 +91,9 @@ def decode(
         history = jnp.concatenate([s.history, token[:, None]], axis=1)[:, 1:]
         # A row that has ended is padding from here on: nothing of it is stored.
         x, cache = model.forward(params, token[:, None], jnp.where(s.done, -1, s.pos)[:, None], s.cache)
+        logits = jnp.where(s.done[:, None], s.logits, model.logits(params, x)[:, 0])
         done = s.done | (token[:, None] == stops).any(axis=1)
-        return i + 1, out, State(model.logits(params, x)[:, 0], s.pos + 1, cache, history, done)
+        return i + 1, out, State(logits, s.pos + 1, cache, history, done)
 
     out = jnp.full((keys.shape[0], room), -1, jnp.int32)
     _, out, state = lax.while_loop(going, step, (jnp.int32(0), out, state))

@@ -230,7 +230,7 @@ def stream(
         chunk=chunk,
         ctx=ctx,
         sampler=sampler,
-        burst=burst,
+        burst=1 if session and stop else burst,  # so that a session does not read past a stop string
         chat_template_kwargs=chat_template_kwargs,
         session=session,
         eviction=eviction,

@@ -21,7 +21,7 @@ from jaxinfer.cache import size_bytes
 from jaxinfer.generate import default_chunk, device_of, encode
 from jaxinfer.layers.rope import Rope
 from jaxinfer.loader import Model
-from jaxinfer.presses import PRESSES, Press, press
+from jaxinfer.presses import PRESSES, Press, SnapKV, press
 from jaxinfer.sample import Sampler
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
@@ -66,20 +66,22 @@ def policies(
     keeps: Iterable[int],
     rope: Rope | None,
     window: int | None = None,
+    kernel: int | None = None,
     *,
     one_list: bool = False,
     interleaved: bool = False,
 ) -> list[Policy]:
     """The full cache, then each press of PRESSES that is named with each budget.
 
-    rope: of the layers without a window. window: for the presses that look at several queries. Votes are always one
+    rope: of the layers without a window. window, kernel: for the presses that have one to be set. Votes are always one
     list.
     """
     found = [Policy("full")]
     for name, keep in product(names, keeps):
         if name not in PRESSES:
             raise ValueError(f"{name!r} is no press; known are {', '.join(PRESSES)}")
-        one = press(name, rope, window if PRESSES[name].window > 1 else None)
+        pools, looks = issubclass(PRESSES[name], SnapKV), PRESSES[name].window > 1
+        one = press(name, rope, window if looks else None, kernel if pools else None)
         eviction = Eviction(press=one, keep=keep, one_list=one_list or name == "votes", interleaved=interleaved)
         kinds = [name, *["one list"] * one_list, *["interleaved"] * interleaved]
         found.append(Policy(", ".join(kinds), eviction))
@@ -234,7 +236,8 @@ def plot(answers: Iterable[Answer], path: str | Path) -> None:
     The file's type is that of its name, such as .png. Needs matplotlib, which `jaxinfer[plot]` installs.
     """
     try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] (optional)
+        from matplotlib import colormaps  # pyright: ignore[reportMissingImports] (optional)
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(f"{path}: a plot needs matplotlib: pip install 'jaxinfer[plot]'") from None
     answers = list(answers)
@@ -246,12 +249,16 @@ def plot(answers: Iterable[Answer], path: str | Path) -> None:
 
     lines = figure.add_subplot(grid[0, :])
     lines.set(xlabel="tokens kept", ylabel="needles found", ylim=(-0.05, 1.05), xscale="log")
+    lines.set_prop_cycle(color=colormaps["tab20"](range(20)))
     for (policy,), some in _grouped(answers, "policy").items():
         share = {keep: _share(rows) for (keep,), rows in sorted(_grouped(some, "keep").items())}
         if 0 in share:
             lines.axhline(share[0], label=policy, color="black", linestyle="--")
         else:
             lines.plot([*share], [*share.values()], label=policy, marker="o")
+    keeps = sorted({one.keep for one in answers} - {0})
+    lines.set_xticks(keeps, map(str, keeps))
+    lines.minorticks_off()
     lines.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
     for i, ((policy, keep), some) in enumerate(maps.items()):
@@ -260,8 +267,8 @@ def plot(answers: Iterable[Answer], path: str | Path) -> None:
         image = [[share.get((depth, length), np.nan) for length in lengths] for depth in depths]
         axes.imshow(image, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set_title(f"{policy} {keep or ''}", fontsize="small")
-        axes.set_xticks(range(len(lengths)), lengths, fontsize="small")
-        axes.set_yticks(range(len(depths)), depths, fontsize="small")
+        axes.set_xticks(range(len(lengths)), map(str, lengths), fontsize="small")
+        axes.set_yticks(range(len(depths)), map(str, depths), fontsize="small")
     figure.savefig(path)
 
 

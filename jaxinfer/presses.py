@@ -239,12 +239,14 @@ PRESSES: dict[str, type[Press]] = {
 }
 
 
-def press(name: str, rope: Rope | None, window: int | None = None) -> Press:
-    """The press of a name, for layers with this rotation; looking at `window` queries, if it looks at any."""
+def press(name: str, rope: Rope | None, window: int | None = None, kernel: int | None = None) -> Press:
+    """The press of a name, for layers with this rotation; `window` and `kernel` where it has them to be set."""
     kind = PRESSES[name]
+    options: dict[str, Any] = {name: n for name, n in (("window", window), ("kernel", kernel)) if n is not None}
     if window is not None and (kind.window == 0 or kind is TOVA):
-        raise ValueError(f"window={window}: the press {name!r} looks at {kind.window} queries always")
-    options: dict[str, Any] = {} if window is None else {"window": window}
+        raise ValueError(f"{window=}: the press {name!r} looks at {kind.window} queries always")
+    if kernel is not None and not issubclass(kind, SnapKV):
+        raise ValueError(f"{kernel=}: the press {name!r} pools nothing")
     return kind(**options, rope=rope) if kind is ExpectedAttention else kind(**options)
 
 

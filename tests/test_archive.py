@@ -132,6 +132,8 @@ def test_another_process_goes_on(tmp_path):
 import jaxinfer, numpy as np
 from jaxinfer import Sampler
 from jaxinfer.session import Session
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 model, params, _ = jaxinfer.load({str(model_path("qwen3"))!r})
 session, sampler = Session.load({str(tmp_path / "a")!r}, model, params), Sampler.greedy()
 out, _ = session.decode(session.start(sampler), 8, sampler=sampler, stops=np.array([-1], np.int32), burst=8)

@@ -241,6 +241,8 @@ def test_every_argument_works_in_a_run_file(tmp_path, command):
         ([*ASK, "-p", "a", "--keep", "-8"], "keep=-8 must be 0, for all tokens, or more"),
         ([*ASK, "-p", "a", "--keep", "many"], "'many' is neither a whole number nor auto"),
         ([*ASK, "-p", "a", "--keep", "8", "--press", "knorm", "--window", "4"], "'knorm' looks at 0 queries always"),
+        ([*ASK, "-p", "a", "--keep", "8", "--press", "knorm", "--kernel", "3"], "'knorm' pools nothing"),
+        ([*ASK, "-p", "a", "--keep", "99", "--kernel", "4"], "kernel=4 odd"),
         ([*ASK, "-p", "a", "--session", "missing"], "missing"),
         ([*ASK, "-p", "a", "--session", MODEL], r"qwen3\.gguf"),
         ([*ASK, "-p", "a", "--session", MODEL, "-b", "8"], "--chunk is fixed in a session"),
@@ -544,3 +546,42 @@ def test_explain(capfd):
     code, out, err = run(capfd, "explain", "-m", MODEL, "-c", "512")
     assert (code, err) == (0, "")
     assert "attention_blocks" in out
+
+
+def test_needles(capfd, tmp_path):
+    argv = [
+        "eval",
+        "needle",
+        "-m",
+        MODEL,
+        "--no-compile-cache",
+        "--lengths",
+        "200",
+        "--depths",
+        "0.1,0.9",
+        "--seeds",
+        "1",
+    ]
+    code, out, _ = run(capfd, *argv, "--keep", "64", "--press", "snapkv,knorm", "--window", "8", "-n", "4")
+    assert code == 0
+    heads = [line.split("|")[1:4] for line in out.splitlines()]
+    assert [[cell.strip() for cell in head] for head in heads[2:]] == [
+        ["full", "all", "200"],
+        ["snapkv", "64", "200"],
+        ["knorm", "64", "200"],
+    ]
+    path = tmp_path / "run.toml"
+    path.write_text(f'command = "eval needle"\nmodel = {json.dumps(MODEL)}\nkeep = [64]\nlengths = [200]\n')
+    command, given = arguments.read(["run", str(path), "--depths", "0.5"])
+    assert command == "eval needle"
+    assert given == {"model": MODEL, "keep": [64], "lengths": [200], "depths": [0.5]}
+    assert "the nearest one is 'eval needle'" in run(capfd, "eval", "needles")[2]
+
+
+def test_perplexity_under_an_eviction(capfd, loaded):
+    text = " ".join(map(str, range(60)))
+    argv = ["perplexity", "-m", MODEL, "--no-compile-cache", "-p", text, "-c", "64", "-b", "32"]
+    plain, evicting = (run(capfd, *argv, *more)[1] for more in ((), EVICT))
+    assert re.search(r"Final estimate: PPL = \d+\.\d{4}", plain)
+    assert plain != evicting
+    assert run(capfd, *argv, "--keep", "64")[1] == plain

@@ -135,6 +135,11 @@ def test_rows_end_on_their_own():
     np.testing.assert_array_equal(tokens[1], free[1])
     held_positions = np.asarray(state.cache[0][0].pos)[0, 0, 0]
     assert held_positions.max() == 8 + end  # nothing of the ended row was stored
+    logits, held = prefill(model, params, prompts, 16)
+    _, ended = decode(
+        model, params, engine.start(logits, prompts, held, Sampler.greedy()), end + 1, Sampler.greedy(), stops=(stop,)
+    )
+    np.testing.assert_array_equal(state.logits[0], ended.logits[0])  # those of its end are still there
 
 
 def test_the_history_holds_the_last_tokens():

@@ -33,14 +33,6 @@ def load(prompt: str, expand: bool = False, ops: Ops | None = None) -> Loaded:
     return jaxinfer.load(goldens.model_path(model(prompt)), expand=expand, ops=ops)
 
 
-@pytest.fixture
-def quick_compiler():
-    """Compiling takes the time, here half of it: the other ways of a prompt go through optimised programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def check(prompt: str, logits: np.ndarray, drafted: bool = False) -> None:
     """Ten times the worst float noise that llama.cpp shows against itself, see goldens/README.md."""
     golden = goldens.golden(prompt)

@@ -4,11 +4,17 @@ import math
 from itertools import pairwise
 
 import goldens
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxinfer
+from jaxinfer import engine
+from jaxinfer.cache import KVCache
 from jaxinfer.perplexity import perplexity
+from jaxinfer.presses import SnapKV
+from jaxinfer.session import Session
+from jaxinfer.snapkv import Eviction
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,66 @@ def test_chunks_of_any_size_agree(loaded, golden):
     ids = golden.tokens
     got = [list(perplexity(loaded.model, loaded.params, ids, ctx=20, chunk=c))[-1][1:] for c in (1, 7, 20, 64)]
     np.testing.assert_allclose(got, [got[0]] * 4, rtol=1e-4)  # as above
+
+
+CTX, HALF, KEEP = 60, 30, 12
+EVICTION = Eviction(press=SnapKV(window=4, kernel=3), keep=KEEP)
+
+
+def without_evicted(session: Session, kept) -> tuple:
+    """The whole cache with every position masked that is in no list; each head has its own."""
+
+    def one(stack, lists):
+        if lists is None:
+            return stack
+        repeats, batch, heads, slots, _ = stack.k.shape
+        stays = np.zeros((repeats, batch, heads, slots), bool)
+        np.put_along_axis(stays, np.asarray(lists), True, axis=3)
+        assert (stays.sum(3) == KEEP).all()
+        return KVCache(stack.k, stack.v, jnp.where(stays, stack.pos, -1), stack.chunk)
+
+    return tuple(tuple(map(one, *both)) for both in zip(session.cache, kept, strict=True))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])  # full caches alone, and beside rings that stay whole
+def test_an_eviction_is_the_full_cache_with_positions_masked(name):
+    model, params, _ = jaxinfer.load(goldens.model_path(name), expand=False)
+    ids = np.random.default_rng(3).integers(model.config.vocab, size=2 * CTX).tolist()
+    scored = []
+    for window in (ids[:CTX], ids[CTX:]):
+        session = Session(model, params, ctx=CTX, chunk=CTX, eviction=EVICTION)
+        session.extend([window[:HALF]])
+        whole = session.fork()
+        session.evict(CTX - HALF)
+        cache = without_evicted(whole, session.kept)
+        tokens, pos = np.array([window[HALF:]], np.int32), np.arange(HALF, CTX, dtype=np.int32)[None]
+        logits, _ = engine.chunk_logits(model, params, tokens, pos, cache)
+        scored += nll(np.asarray(logits)[0], window[HALF:])
+    assert len(scored) == 2 * (CTX - HALF - 1)
+    *_, got = perplexity(model, params, ids, ctx=CTX, eviction=EVICTION)
+    # Chunks and caches of other shapes: f32 sums in another order, 1e-4 in a logit as between the chunks above.
+    assert math.log(got.perplexity) == pytest.approx(np.mean(scored), abs=3e-4)
+    *_, plain = perplexity(model, params, ids, ctx=CTX)
+    assert abs(math.log(plain.perplexity) - np.mean(scored)) > 3e-3, "the eviction was seen"
+
+
+def test_an_eviction_in_chunks_of_any_size(loaded):
+    ids = np.random.default_rng(3).integers(loaded.model.config.vocab, size=2 * CTX).tolist()
+    options = {"ctx": CTX, "eviction": EVICTION, "bos": 284}
+    got = [list(perplexity(loaded.model, loaded.params, ids, chunk=chunk, **options))[-1][1:] for chunk in (7, 32)]
+    np.testing.assert_allclose(*got, rtol=1e-4)  # as above
+    interleaved = Eviction(press=EVICTION.press, keep=KEEP, interleaved=True)
+    *_, other = perplexity(loaded.model, loaded.params, ids, chunk=7, **options | {"eviction": interleaved})
+    assert other.perplexity != pytest.approx(got[0][0], rel=1e-3)
+
+
+@pytest.mark.parametrize("keep", [0, None, HALF, CTX])  # None: the cache is small
+def test_an_eviction_that_keeps_all_changes_nothing(loaded, keep):
+    ids = np.random.default_rng(3).integers(loaded.model.config.vocab, size=2 * CTX).tolist()
+    got = list(
+        perplexity(loaded.model, loaded.params, ids, ctx=CTX, eviction=Eviction(press=EVICTION.press, keep=keep))
+    )
+    assert got == list(perplexity(loaded.model, loaded.params, ids, ctx=CTX))
 
 
 @pytest.mark.parametrize(
