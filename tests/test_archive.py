@@ -22,6 +22,7 @@ from jaxinfer.presses import PyramidKV, SnapKV
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
 
+
 EVICTION = Eviction(press=SnapKV(window=8), keep=24)
 STOPS = np.array([-1], np.int32)
 MODELS = {"qwen3": jnp.float32, "gemma4-e": jnp.bfloat16, "qwen35": jnp.bfloat16, "gpt-oss": jnp.float32}
@@ -132,8 +133,6 @@ def test_another_process_goes_on(tmp_path):
 import jaxinfer, numpy as np
 from jaxinfer import Sampler
 from jaxinfer.session import Session
-
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 model, params, _ = jaxinfer.load({str(model_path("qwen3"))!r})
 session, sampler = Session.load({str(tmp_path / "a")!r}, model, params), Sampler.greedy()
 out, _ = session.decode(session.start(sampler), 8, sampler=sampler, stops=np.array([-1], np.int32), burst=8)

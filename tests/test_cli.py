@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import gguf
+import jax
 import pytest
 from goldens import model_path
 
@@ -24,12 +25,16 @@ MODEL = str(model_path("qwen3"))
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
 # Shapes are the same all over, so that each program is compiled once for all tests.
 TEXT, SAMPLER = "sea and sky", Sampler(temperature=0)
+OFF = "--no-compile-cache"
 ASK = ["-m", MODEL, "--temp", "0", "-n", "6", "--no-compile-cache"]
 
 
 def run(capfd, *argv: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr)"""
-    code = cli.main(list(argv))
+    try:
+        code = cli.main(list(argv))
+    finally:  # the tests that follow in this process keep no programs
+        jax.config.update("jax_compilation_cache_dir", None)
     return code, *capfd.readouterr()
 
 
@@ -520,21 +525,21 @@ def test_ctrl_c_saves_what_was_read(capfd, monkeypatch, tmp_path, loaded):
 
 
 def test_memory_of_a_gpu_that_is_not_there(capfd):
-    _, out, _ = run(capfd, "info", "-m", MODEL, "--fit", "1GiB")
+    _, out, _ = run(capfd, "info", *ASK[:2], OFF, "--fit", "1GiB")
     assert "on a GPU with 1.00 GiB fit 4096 tokens, in chunks of 2048:" in out
     assert re.search(r"^peak at 4096 tokens +\d+\.\d\d MiB$", out, re.MULTILINE)
-    short = re.search(r"fit (\d+) tokens", run(capfd, "info", "-m", MODEL, "--fit", "20MiB")[1])
+    short = re.search(r"fit (\d+) tokens", run(capfd, "info", *ASK[:2], OFF, "--fit", "20MiB")[1])
     assert short
     assert 0 < int(short[1]) < 4096
-    code, _, err = run(capfd, "info", "-m", MODEL, "--fit", "1MB")
+    code, _, err = run(capfd, "info", *ASK[:2], OFF, "--fit", "1MB")
     assert code == 2
     assert "not even the shortest context fits" in err
 
 
 def test_the_context_that_fits(capfd, monkeypatch):
-    assert "for 4096 tokens" in run(capfd, "info", "-m", MODEL, "-c", "auto")[1]
+    assert "for 4096 tokens" in run(capfd, "info", *ASK[:2], OFF, "-c", "auto")[1]
     monkeypatch.setattr(cli.memory, "available_bytes", lambda device: 5 * 10**6)
-    auto = re.search(r"for (\d+) tokens", run(capfd, "info", "-m", MODEL, "-c", "auto")[1])
+    auto = re.search(r"for (\d+) tokens", run(capfd, "info", *ASK[:2], OFF, "-c", "auto")[1])
     assert auto
     assert 256 <= int(auto[1]) < 4096
     code, _, err = run(capfd, *ASK, "-p", LONG, "-n", "4000")
@@ -543,7 +548,7 @@ def test_the_context_that_fits(capfd, monkeypatch):
 
 
 def test_explain(capfd):
-    code, out, err = run(capfd, "explain", "-m", MODEL, "-c", "512")
+    code, out, err = run(capfd, "explain", *ASK[:2], OFF, "-c", "512")
     assert (code, err) == (0, "")
     assert "attention_blocks" in out
 

@@ -22,7 +22,6 @@ from jaxinfer.presses import Knorm, LagKV, Press, PyramidKV, SnapKV
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 GREEDY = Sampler.greedy()
 NEVER = np.array([-1], np.int32)
@@ -246,7 +245,7 @@ def test_keeping_all_changes_no_bit(name):
     assert_same(steps(name, small)[:2], steps(name, copied(snapkv.unobserved(known(name)[1])))[:2])
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma4-e"])
+@pytest.mark.parametrize("name", ["gemma4-e"])
 def test_a_second_turn_on_a_compacted_cache(name):
     """Padded, in two chunks and past a wrap of the rows' own slots; then the same as steps of one token."""
     model, params = load(name)
@@ -380,7 +379,7 @@ def test_a_budget_of_2048_of_16384_tokens_takes_an_eighth(name):
     assert all(s.k.is_deleted() for s in stacks_of(held))
 
 
-LENGTHS = [("qwen3", 384, 256), ("gemma4-e", 384, 256), ("qwen35", 16384, 2048)]
+LENGTHS = [("qwen3", 384, 256), ("qwen35", 16384, 2048)]
 
 
 @pytest.mark.parametrize(("name", "tokens", "keep"), LENGTHS)

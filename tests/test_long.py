@@ -17,8 +17,6 @@ from jaxinfer.cache import KVCache, ring_slots
 from jaxinfer.ops import CPU, REFERENCE, Ops
 from jaxinfer.ops.attention import attention_reference
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 UNSKIPPED = REFERENCE._replace(attention=partial(attention_reference, skip=False))
 
 # Other matrix shapes, other orders of f32 sums: ten times the 7e-5 that llama.cpp's own logits move by when its batch

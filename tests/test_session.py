@@ -16,7 +16,6 @@ from jaxinfer.presses import SnapKV
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 GREEDY = Sampler.greedy()
 NEVER = np.array([-1], np.int32)
