@@ -22,7 +22,6 @@ from jaxinfer.presses import Knorm, LagKV, Press, PyramidKV, SnapKV
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
 
-
 GREEDY = Sampler.greedy()
 NEVER = np.array([-1], np.int32)
 

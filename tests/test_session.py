@@ -16,7 +16,6 @@ from jaxinfer.presses import SnapKV
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
 
-
 GREEDY = Sampler.greedy()
 NEVER = np.array([-1], np.int32)
 CHUNK, SLOTS, BURST = 16, 512, 8
