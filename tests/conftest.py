@@ -1,6 +1,8 @@
 """Settings for all tests."""
 
+import gc
 from collections.abc import Iterator
+from itertools import count
 
 import jax
 import pytest
@@ -8,6 +10,16 @@ from hypothesis import settings
 
 settings.register_profile("untimed", deadline=None)  # a slow machine is no fault
 settings.load_profile("untimed")
+
+KEPT = 40  # tests whose compiled programs a process keeps
+done = count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Forgets programs: one takes dozens of memory mappings, and a process crashes that needs more than 65,530."""
+    if next(done) % KEPT == 0:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
