@@ -34,12 +34,13 @@ PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}  # JAX's names for the devices
 
 
 def run_generate(given: Given, terminal: Terminal) -> None:
-    text = _text(given)
+    text, options = _text(given), _options(given, terminal)
     loaded = _load(given, terminal)
-    session, options = None, _options(given, terminal, loaded)
+    session = None
     if "session" in given or "save_session" in given:
         session = _session(given, terminal, loaded)
-        options = {name: option for name, option in options.items() if name not in SESSION_OPTIONS}
+    else:
+        options |= _caches(given, loaded)
     prompt, stats = _prompt(given, text, loaded.tokenizer, terminal), None
     if session and session.tokens[0] and not isinstance(prompt, str):
         assert loaded.tokenizer is not None
@@ -70,10 +71,9 @@ def run_prefill(given: Given, terminal: Terminal) -> None:
 
 
 def run_chat(given: Given, terminal: Terminal) -> None:
-    messages = _system(given)
+    messages, options = _system(given), _options(given, terminal)
     loaded = _load(given, terminal)
     session = _session(given, terminal, loaded)
-    options = {n: option for n, option in _options(given, terminal, loaded).items() if n not in SESSION_OPTIONS}
     terminal.say("/exit or Ctrl-D ends the chat, Ctrl-C an answer")
     while (line := terminal.ask()) not in (None, "/exit"):
         question, answer = {"role": "user", "content": line}, ""
@@ -295,21 +295,27 @@ def _prompt(given: Given, text: str, tokenizer: Tokenizer | None, terminal: Term
     return text
 
 
-def _options(given: Given, terminal: Terminal, loaded: Loaded) -> dict[str, Any]:
-    """For `stream`."""
+def _options(given: Given, terminal: Terminal) -> dict[str, Any]:
+    """For `stream`, but for what a session has of its own."""
     return {
         "sampler": Sampler(**_pick(given, *(f.name for f in fields(Sampler)))),
         "progress": terminal.meter("prefilling", "tokens"),
         "compiling": terminal.compiling,
         "chat_template_kwargs": _template_kwargs(given),
+        **_pick(given, "max_tokens", "stop", "ignore_eos", "burst"),
+    }
+
+
+def _caches(given: Given, loaded: Loaded) -> dict[str, Any]:
+    """For `stream` without a session: what shapes the caches."""
+    return {
         "eviction": _eviction(given, loaded.model),
         "ctx": _context(given, loaded.model, loaded.params, device_of(loaded.params)),
-        **_pick(given, "max_tokens", "stop", "ignore_eos", "chunk", "burst", "cache_dtype"),
+        **_pick(given, "chunk", "cache_dtype"),
     }
 
 
 ROOM = 16384  # tokens of a session, unless told: its caches are there from the start
-SESSION_OPTIONS = ("eviction", "chunk", "ctx", "cache_dtype")  # those of a session, once it is there
 
 
 def _context(given: Given, model: Model, params: Any, device: Device, *, expand: bool = False) -> int | None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxinfer import engine
-from jaxinfer.cache import KVCache
+from jaxinfer.cache import KVCache, is_full
 from jaxinfer.loader import Model
 
 FORMAT = "jaxinfer session 1"
@@ -223,7 +223,7 @@ def _compacted(cache: Any, kinds: Mapping[str, Kind]) -> tuple[Any, Any]:
     kept: list[list[Any]] = [[None] * len(stacks) for stacks in cache]
     for number, (s, j, r, _) in enumerate(_layers(cache)):
         stack, prefix = cache[s][j], f"layers.{number}."
-        if r > 0 or not (_full(stack) and prefix + "shift" in kinds):
+        if r > 0 or not (is_full(stack) and prefix + "shift" in kinds):
             continue
         repeats, batch, heads, _, width = stack.k.shape
 
@@ -254,10 +254,6 @@ def _number(header: Mapping[str, str], name: str, least: int) -> int:
 
 def _blank(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), shape)
-
-
-def _full(stack: Any) -> bool:
-    return isinstance(stack, KVCache) and stack.chunk is None
 
 
 def _check(saved: Saved, vocab: int) -> None:

@@ -103,6 +103,11 @@ def capture(cache: KVCache, reader: Index, q: Float[Array, "B T K G H"], pos: In
     return replace(cache, recent_q=cache.recent_q.at[reader].set(recent))
 
 
+def is_full(one: Any) -> bool:
+    """Whether one of a model's caches is of keys without a window: of all tokens, where none are evicted."""
+    return isinstance(one, KVCache) and one.chunk is None
+
+
 def size_bytes(cache: Any) -> int:
     """Bytes of all arrays of a tree, or of their shapes."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))

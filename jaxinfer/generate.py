@@ -247,7 +247,7 @@ def stream(
     while True:
         began_burst = time.perf_counter()
         # The first token alone, so that it is there soonest.
-        out, state = run.decode(answering, state, min(burst, max_tokens - made) if made else 1)
+        out, state = run.decode(answering, state, min(run.burst, max_tokens - made) if made else 1)
         decode_s += time.perf_counter() - began_burst
         first_s = first_s or time.perf_counter() - began
         for token in out[0, out[0] >= 0].tolist():

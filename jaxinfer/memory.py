@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxinfer import engine
-from jaxinfer.cache import KVCache, size_bytes
+from jaxinfer.cache import KVCache, is_full, size_bytes
 from jaxinfer.decoder import last_of
 from jaxinfer.layers.attention import AttentionParams, AttentionSpec
 from jaxinfer.layers.delta import DeltaParams, DeltaSpec, DeltaState
@@ -127,7 +127,7 @@ def plan(
     for segment, stacks in zip(params.layers, cache, strict=True):
         for layer, stack in zip(segment.layers, stacks, strict=True):
             kinds[_kind(layer.kind, stack, slots)] += size_bytes(stack) - _observed(stack)
-    full = [one for stacks in cache for one in stacks if isinstance(one, KVCache) and one.chunk is None]
+    full = [one for stacks in cache for one in stacks if is_full(one)]
     shrinks = 0 < keep + room < slots and not interleaved
     new = [_compacted(one, keep + room) if shrinks else size_bytes(one) for one in full]
     return Plan(

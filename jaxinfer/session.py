@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxinfer import archive, engine, snapkv
-from jaxinfer.cache import KVCache, size_bytes
+from jaxinfer.cache import KVCache, is_full, size_bytes
 from jaxinfer.loader import Model
 from jaxinfer.sample import Sampler
 from jaxinfer.snapkv import Eviction
@@ -242,7 +242,7 @@ class Session:
         if not self._evicts(max(map(len, self.tokens))):
             out = self.fork()
         else:
-            own = [[one if _full(one) else jax.tree.map(jnp.copy, one) for one in stacks] for stacks in self.cache]
+            own = [[one if is_full(one) else jax.tree.map(jnp.copy, one) for one in stacks] for stacks in self.cache]
             out = self._with(tuple(map(tuple, own)))
             out._evict(room, lambda old: None)
         out.cache, out._observed = snapkv.unobserved(out.cache), [0] * len(self.tokens)
@@ -342,7 +342,7 @@ class Session:
 
     def _unlasting(self) -> list[list[Any]]:
         """What no cut brings back to an earlier state: rings, recurrent states, recent queries."""
-        return [[one.recent_q if _full(one) else one for one in stacks] for stacks in self.cache]
+        return [[one.recent_q if is_full(one) else one for one in stacks] for stacks in self.cache]
 
 
 def _is_cache(one: Any) -> bool:
@@ -355,14 +355,9 @@ def _blank(shapes: Any) -> Any:
     return replace(zeros, pos=zeros.pos - 1) if isinstance(zeros, KVCache) else zeros
 
 
-def _full(one: Any) -> bool:
-    """Whether it is a cache without a window."""
-    return isinstance(one, KVCache) and one.chunk is None
-
-
 def _slots(cache: Any) -> list[int]:
     """Those of each stack of caches without a window."""
-    return [one.k.shape[3] for stacks in cache for one in stacks if _full(one)]
+    return [one.k.shape[3] for stacks in cache for one in stacks if is_full(one)]
 
 
 def _observes(one: Any) -> bool:
@@ -371,7 +366,7 @@ def _observes(one: Any) -> bool:
 
 def _keeps(one: Any, tokens: int) -> bool:
     """Whether it still has all of so many tokens."""
-    return _full(one) or (isinstance(one, KVCache) and tokens <= one.k.shape[3])
+    return is_full(one) or (isinstance(one, KVCache) and tokens <= one.k.shape[3])
 
 
 def _copy(tree: Any) -> Any:
@@ -387,7 +382,7 @@ def _cut(cache: Any, tokens: int, unlasting: list[list[Any]]) -> Any:
     """The cache without positions from `tokens` on, and with these in place of what cannot be cut."""
 
     def one(stack: Any, other: Any) -> Any:
-        stack = replace(stack, recent_q=other) if _full(stack) else other
+        stack = replace(stack, recent_q=other) if is_full(stack) else other
         return replace(stack, pos=jnp.where(stack.pos < tokens, stack.pos, -1)) if isinstance(stack, KVCache) else stack
 
     return tuple(tuple(map(one, *both)) for both in zip(cache, unlasting, strict=True))

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxinfer import decoder
-from jaxinfer.cache import KVCache
+from jaxinfer.cache import KVCache, is_full
 from jaxinfer.presses import LagKV, Press, SnapKV, one_list
 
 SMALL = 2**28  # bytes of a cache from which nothing is evicted unless told
@@ -137,12 +137,7 @@ def programs(
 
 def _full(cache: Any) -> dict[tuple[int, int], KVCache]:
     """The stacks of caches without a window, by segment and place in its pattern."""
-    return {
-        (s, j): one
-        for s, stacks in enumerate(cache)
-        for j, one in enumerate(stacks)
-        if isinstance(one, KVCache) and one.chunk is None
-    }
+    return {(s, j): one for s, stacks in enumerate(cache) for j, one in enumerate(stacks) if is_full(one)}
 
 
 def _counts(
