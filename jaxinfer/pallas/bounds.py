@@ -1,0 +1,92 @@
+"""Which blocks of slots a tile of queries visits, and how the parts of a split visit are joined: for all kernels."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+type Scalar = Int[Array, ""] | int
+
+
+class Visit(NamedTuple):
+    """Blocks of slots to visit, in the order of positions: (first + i) % blocks for i in [0, count).
+
+    In those from `plain` to `edge` every query of the tile sees every key: only the others need a mask.
+    """
+
+    first: Scalar
+    count: Scalar
+    plain: Scalar
+    edge: Scalar
+
+
+def visit(
+    oldest: Scalar,
+    newest: Scalar,
+    shift: Scalar | None,
+    *,
+    slots: int,
+    block: int,
+    window: int | None,
+    aligned: bool = False,
+    skip: bool = True,
+) -> Visit:
+    """The blocks in which some query at a position from `oldest` to `newest` may see a key.
+
+    Position p lies in slot (p - shift) % slots; None is 0, and says that nothing was ever evicted: then slots up to
+    the newest token's hold all positions of a full cache, and those of a ring the last `slots` of them. A `newest` below
+    zero is a tile of padding: none; an `oldest` below zero says that some of the tile is, so that all blocks need the
+    mask. After an eviction slots may be empty anywhere, and all of them need it too. Without `skip` all blocks are
+    visited, under the mask; a full cache in the same order.
+    """
+    blocks = -(-slots // block)
+
+    def seen_from(p: Scalar) -> Scalar:
+        assert window is not None
+        return jnp.maximum(p // window * window if aligned else p - window + 1, 0)
+
+    gone = 0 if shift is None else shift
+    lo = 0 if window is None else seen_from(jnp.maximum(oldest, 0))
+    if window is None:  # a full cache never wraps, and what eviction kept lies from slot 0 on
+        start, first, count = 0, 0, (newest - gone) // block + 1
+    else:
+        start, end = (lo - gone) % slots, (newest - gone) % slots
+        first, last = start // block, end // block
+        count = jnp.where(start <= end, last - first + 1, blocks - first + last + 1)
+    count = jnp.where(newest < 0, 0, jnp.clip(count, 0, blocks))
+    if not skip:
+        return Visit(first, jnp.where(newest < 0, 0, blocks), 0, 0)
+    if shift is not None or slots % block:
+        return Visit(first, count, 0, 0)
+    origin = lo - start % block  # the position at the start of the first block
+    least = 0 if window is None else seen_from(newest)
+    plain = jnp.minimum(-((origin - least) // block), count)
+    edge = jnp.clip((oldest + 1 - origin) // block, plain, count)
+    return Visit(first, count, jnp.where(oldest < 0, 0, plain), jnp.where(oldest < 0, 0, edge))
+
+
+def part(count: Scalar, split: Scalar, splits: int, least: int) -> tuple[Scalar, Scalar]:
+    """Of `count` blocks those of one split, [start, stop): as many splits share them as have `least` blocks each.
+
+    That depends on a row's own length alone, and so do the bits of its result.
+    """
+    used = jnp.clip(count // least, 1, splits)
+    return jnp.where(split < used, count * split // used, 0), jnp.where(split < used, count * (split + 1) // used, 0)
+
+
+def combine(o: Float[Array, "B K P *M H"], lse: Float[Array, "B K P *M"]) -> Float[Array, "B K *M H"]:
+    """Joins P parts of one softmax: outputs and the logarithms, to base 2, of their sums (-inf: the part saw nothing).
+
+    The outputs are those of each part alone (arXiv:2307.08691, section 3.1); one that saw nothing may hold anything.
+    Part by part, without a reduction, so that XLA makes one kernel of it all.
+    """
+    parts = range(lse.shape[2])
+    top = jnp.full_like(lse[:, :, 0], jnp.finfo(jnp.float32).min)
+    for p in parts:
+        top = jnp.maximum(top, lse[:, :, p])
+    total, out = jnp.zeros_like(top), jnp.zeros_like(o[:, :, 0])
+    for p in parts:
+        weight = jnp.exp2(lse[:, :, p] - top)
+        total += weight
+        out += jnp.where(weight[..., None] > 0, o[:, :, p] * weight[..., None], 0)
+    return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
