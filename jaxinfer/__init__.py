@@ -3,7 +3,7 @@
 from jaxinfer.engine import State, decode, left_pad, prefill, start
 from jaxinfer.generate import Piece, Stats, generate, score, stream
 from jaxinfer.loader import Loaded, Model, load
-from jaxinfer.ops import CPU, GPU, REFERENCE, Ops
+from jaxinfer.ops import AMPERE, CPU, GPU, HOPPER, REFERENCE, Ops
 from jaxinfer.sample import Sampler
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
@@ -12,8 +12,10 @@ from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 init_cache = Model.init_cache
 
 __all__ = [
+    "AMPERE",
     "CPU",
     "GPU",
+    "HOPPER",
     "REFERENCE",
     "Eviction",
     "Loaded",

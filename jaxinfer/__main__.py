@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxinfer import arguments, bench, gguf, hub, memory, needle, presses
+from jaxinfer import arguments, bench, bench_attention, gguf, hub, memory, needle, presses
 from jaxinfer.arguments import AUTO, Given
 from jaxinfer.explain import explain, lines
 from jaxinfer.generate import GPU_CHUNK, Prompt, Stats, default_chunk, device_of, encode, stream
@@ -21,7 +21,7 @@ from jaxinfer.info import info
 from jaxinfer.layers.attention import AttentionSpec
 from jaxinfer.layers.rope import Rope
 from jaxinfer.loader import Loaded, Model, describe, load
-from jaxinfer.ops import GPU
+from jaxinfer.ops import HOPPER
 from jaxinfer.perplexity import perplexity
 from jaxinfer.sample import Sampler
 from jaxinfer.session import Session
@@ -110,6 +110,30 @@ def run_bench(given: Given, terminal: Terminal) -> None:
         print(line, flush=True)
 
 
+def run_bench_attention(given: Given, terminal: Terminal) -> None:
+    dtype = given.get("dtype", "bfloat16" if jax.devices()[0].platform == "gpu" else "float32")
+    names = "shapes", "works", "lengths", "tokens", "batch", "chunk"
+    cases = bench_attention.cases(dtype=dtype, **_pick(given, *names))
+    backends = bench_attention.choose(given.get("backends", list(bench_attention.BACKENDS)))
+    options = {"samples": given["repetitions"]} if "repetitions" in given else {}
+    terminal.busy("measuring ceilings")
+    ceiling = bench_attention.ceilings(dtype, **options)
+    rows = bench_attention.measure(cases, backends, ceiling, busy=terminal.busy, **options)
+    if "csv" in given:
+        rows = bench_attention.recorded(rows, given["csv"])
+    found = []
+
+    def kept() -> Iterator[bench_attention.Row]:
+        for one in rows:
+            found.append(one)
+            yield one
+
+    for line in bench_attention.table(kept(), ceiling):
+        print(line, flush=True)
+    if "plot" in given:
+        bench_attention.plot(found, given["plot"])
+
+
 def run_perplexity(given: Given, terminal: Terminal) -> None:
     text = _text(given)
     model, params, tokenizer = _load(given, terminal)
@@ -163,7 +187,7 @@ def _fit(given: Given, terminal: Terminal) -> Iterator[str]:
     limit = memory.parse_size(given["fit"])
     with _notes(terminal):
         found = describe(
-            _fetch(given, terminal), **{"dtype": "bfloat16", **_pick(given, "dtype")}, ops=GPU, expand=False
+            _fetch(given, terminal), **{"dtype": "bfloat16", **_pick(given, "dtype")}, ops=HOPPER, expand=False
         )
     most, context = given.get("ctx", AUTO), int(found.model.config.context)
     planned = partial(memory.plan, found.model, found.params, chunk=GPU_CHUNK)
@@ -186,6 +210,7 @@ RUN = {
     "prefill": run_prefill,
     "chat": run_chat,
     "bench": run_bench,
+    "bench attention": run_bench_attention,
     "perplexity": run_perplexity,
     "eval needle": run_needle,
     "info": run_info,

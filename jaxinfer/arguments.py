@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn
 
-from jaxinfer import bench, config, hub, needle
+from jaxinfer import bench, bench_attention, config, hub, needle
 from jaxinfer.presses import PRESSES
 
 DTYPES = ("float32", "bfloat16")
@@ -102,13 +102,16 @@ def _dtypes(text: str) -> list[str]:
     return text.split(",")
 
 
+PROCESS = (
+    Option("--device", str, "where to run; by default a GPU if there is one", {"choices": DEVICES}),
+    Option("--compile-cache", str, "folder of the compilation cache; '' for none", {"metavar": "DIR"}),
+    Option("--no-compile-cache", None, "none", {"action": "store_const", "const": "", "dest": "compile_cache"}),
+)
 LOAD = (
     Option("-m --model", str, f"what to run: {hub.FORMS}"),
     Option("--sha256", str, "checksum that the model's file must have"),
-    Option("--device", str, "where to run; by default a GPU if there is one", {"choices": DEVICES}),
     Option("--expand", bool, "turn packed weights into float32 at load; by default on a CPU where memory allows"),
-    Option("--compile-cache", str, "folder of the compilation cache; '' for none", {"metavar": "DIR"}),
-    Option("--no-compile-cache", None, "none", {"action": "store_const", "const": "", "dest": "compile_cache"}),
+    *PROCESS,
 )
 DTYPE = Option("--dtype", str, "type of activations: float32 by default on a CPU, else bfloat16", {"choices": DTYPES})
 CHUNK = Option("-b --chunk", int, "tokens prefilled at a time")
@@ -169,6 +172,23 @@ BENCH = (
     Option("-r --repetitions", int, "runs of each test, after one that does not count"),
     Option("-o --output", str, "form of the table", {"choices": bench.FORMS}),
 )
+ATTENTION = (
+    Option(
+        "--shapes",
+        list,
+        f"heads: {','.join(bench_attention.SHAPES)}, or heads/KV heads/width[/window] such as 32/8/128/1024",
+        {"type": _names},
+    ),
+    Option("--works", list, f"what is computed: {','.join(bench_attention.WORKS)}", {"type": _names}),
+    Option("--lengths", list, "tokens of texts: 512,1024", {"type": _numbers}),
+    CHUNK,
+    Option("--tokens", list, "tokens decoded at once: 1,4", {"type": _numbers}),
+    Option("--batch", list, "texts at once: 1,8", {"type": _numbers}),
+    Option("--backends", list, f"what computes it: {','.join(bench_attention.BACKENDS)}", {"type": _names}),
+    Option("-r --repetitions", int, "samples of each, after those that do not count"),
+    Option("--csv", str, "file for all figures", {"metavar": "FILE"}),
+    Option("--plot", str, "file for a picture of speeds; needs jaxinfer[plot]", {"metavar": "FILE"}),
+)
 
 
 RUN = (*LOAD, DTYPE, CHUNK, CTX, CACHE, *EVICT)
@@ -202,6 +222,7 @@ COMMANDS = {
     "chat": Command("answers line by line, and remembers", (*RUN, *ANSWER)),
     "prefill": Command("reads a prompt into a session's file, for questions to come", (*RUN, *TEXT, TEMPLATE, SAVE)),
     "bench": Command("measures speed, as llama-bench does", (*LOAD, *BENCH)),
+    "bench attention": Command("measures attention alone, ours and others'", (*PROCESS, DTYPE, *ATTENTION)),
     "perplexity": Command("scores a text, as llama-perplexity does", (*LOAD, DTYPE, CHUNK, CTX, *EVICT, *TEXT)),
     "eval needle": Command(
         "asks for a sentence hidden in long texts, by what is evicted", (*LOAD, DTYPE, CHUNK, *NEEDLE)
@@ -215,8 +236,8 @@ USAGE = "\n".join(
         "       jaxinfer run CONFIG.toml [flags that override it]",
         "       jaxinfer COMMAND --help",
         "",
-        *(f"  {name:<12}{command.help}" for name, command in COMMANDS.items()),
-        f"  {'run':<12}runs the command of a TOML file whose keys are the names of its flags",
+        *(f"  {name:<16}{command.help}" for name, command in COMMANDS.items()),
+        f"  {'run':<16}runs the command of a TOML file whose keys are the names of its flags",
     ]
 )
 
@@ -238,7 +259,7 @@ def read(argv: list[str]) -> tuple[str, Given]:
         return _run_file(argv[1:])
     if argv[0].startswith("-"):
         return "generate", _parse("generate", argv)
-    words = 2 if argv[0] == "eval" else 1
+    words = 2 if argv[0] == "eval" or " ".join(argv[:2]) in COMMANDS else 1
     command = _command(" ".join(argv[:words]))
     return command, _parse(command, argv[words:])
 

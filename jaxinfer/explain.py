@@ -7,11 +7,11 @@ chunk of a prefill and a step of decoding with shapes alone and reads those mark
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfer import engine
 from jaxinfer.cache import KVCache, size_bytes
@@ -23,10 +23,10 @@ from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.mlp import MlpParams
 from jaxinfer.loader import Description, Loaded, Model
 from jaxinfer.memory import placed, show
-from jaxinfer.ops import CPU, GPU, Ops
-from jaxinfer.ops.attention import attention_cudnn, attention_tiles
+from jaxinfer.ops import Ops, default_ops
 from jaxinfer.ops.experts import ExpertParams
 from jaxinfer.quants import Packed
+from jaxinfer.tree import Device
 
 PARTS = {AttentionParams: "attention", DeltaParams: "delta net", MlpParams: "feed-forward", ExpertParams: "experts"}
 LAYER, OP, FORM = re.compile(r"(layer|sharing) (\d+)\.(\d+)"), re.compile(r"op (\w+)"), re.compile(r"\[(.*?)\]")
@@ -79,7 +79,7 @@ def explain(found: Description | Loaded, ctx: int | None = None, chunk: int | No
     slots, chunk = engine.slots_for(tokens), engine.chunk_for(tokens, chunk)
     params = placed(found.params, isinstance(found, Description) and found.expand)
     cache = jax.eval_shape(lambda p: model.init_cache(p, 1, slots, chunk=chunk), params)
-    prefill, decode = (_program(model, params, cache, t, device.platform) for t in (chunk, 1))
+    prefill, decode = (_program(model, params, cache, t, device) for t in (chunk, 1))
     alike: dict[Layer, list[int]] = {}
     for number, (place, layer, stack, source) in enumerate(_layers(params, cache)):
         kept = stack.k.shape[3] if isinstance(stack, KVCache) else 0
@@ -113,7 +113,7 @@ def _layers(params: Any, cache: Any) -> Iterator[tuple[Place, Any, Any, int | No
 
 
 def _program(
-    model: Model, params: Any, cache: Any, tokens: int, platform: str
+    model: Model, params: Any, cache: Any, tokens: int, device: Device
 ) -> Callable[[Place, Any], tuple[Use, ...]]:
     """Traces a call of so many tokens. What it returns tells of a place, and the parameters there, what is done."""
 
@@ -134,7 +134,8 @@ def _program(
         out = []
         for op, function in model.ops._asdict().items():
             if (forms := found.get((place, op))) is not None:
-                out.append(Use(op, _name(function), tuple(forms), _slower(op, function, platform, _packed(layer))))
+                why = _slower(op, function, device, model.config.dtype, _packed(layer))
+                out.append(Use(op, _name(function), tuple(forms), why))
         return tuple(out)
 
     return uses
@@ -143,12 +144,7 @@ def _program(
 def _marked(ops: Ops) -> Ops:
     """Operations that put their field's name into what is traced, so that one without marks of its own shows."""
 
-    def mark(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        if function is attention_cudnn:  # JAX traces cuDNN's kernel only where the library is
-            function = partial(function, implementation="xla")
-        return jax.named_scope(f"op {op}")(function)
-
-    return Ops(**{op: mark(op, function) for op, function in ops._asdict().items()})
+    return Ops(**{op: jax.named_scope(f"op {op}")(function) for op, function in ops._asdict().items()})
 
 
 def _name(function: Any) -> str:
@@ -165,14 +161,14 @@ def _paths(jaxpr: Any, outer: str) -> Iterator[str]:
                 yield from _paths(getattr(inner, "jaxpr", inner), path)
 
 
-def _slower(op: str, function: Any, platform: str, packed: bool) -> str | None:
+def _slower(op: str, function: Any, device: Device, dtype: np.dtype, packed: bool) -> str | None:
     """Why an operation, or what it is given, is not the fastest that there is for a device, if so."""
-    best = getattr(GPU if platform == "gpu" else CPU, op)
-    if platform == "gpu" and function is attention_tiles:
-        return "cuDNN takes bfloat16 and float16 alone"
+    best = getattr(default_ops(device, jnp.dtype(jnp.bfloat16)), op)
     if function is not best:
+        if function is getattr(default_ops(device, dtype), op):
+            return "the kernels take bfloat16 and float16 alone"
         return f"{_name(best)} is the fastest on this device"
-    if platform == "cpu" and op == "matmul" and packed:
+    if device.platform == "cpu" and op == "matmul" and packed:
         return "packed weights are decoded for every product"
     return None
 

@@ -26,11 +26,14 @@ from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.mlp import MlpParams
 from jaxinfer.layers.moe import MoeParams
 from jaxinfer.loader import Model, Source
-from jaxinfer.ops.attention import BLOCK, TILE, attention_blocks, attention_cudnn
+from jaxinfer.ops.attention import BLOCK, TILE, attention_ampere, attention_blocks, attention_hopper
 from jaxinfer.ops.delta import CHUNK
 from jaxinfer.ops.delta import FEW as FEW_STEPS
 from jaxinfer.ops.experts import tile_of
 from jaxinfer.ops.matmul import FEW, matmul_gpu
+from jaxinfer.pallas.bounds import beyond
+from jaxinfer.pallas.flash_mma import FEW as KEYS_IN_PARTS
+from jaxinfer.pallas.flash_mma import blocks_for
 from jaxinfer.quants import FORMATS, PLAIN, Packed
 from jaxinfer.snapkv import Eviction
 from jaxinfer.tree import Device
@@ -243,7 +246,7 @@ def _compacting(full: list[KVCache], new: list[int]) -> int:
     """Beside the old caches, of which each stack goes when it is there in its new size, and what scoring it takes.
 
     That is one layer's attention from the recent queries, f32 before and after its softmax, with f32 keys, and the
-    scores of all keys of the stack, sorted.
+    scores of all keys of the stack, with what selecting by them takes.
     """
     most, held = 0, 0
     for stack, size in zip(full, new, strict=True):
@@ -343,9 +346,13 @@ class _Call:
         """Beside q and the output."""
         op, (_, _, kv_heads, slots, width) = self.model.ops.attention, stack.k.shape
         copy = self.batch * kv_heads * slots * width * self.item
-        plain = width <= 256 and width % 8 == 0 and not spec.aligned and p.sinks is None
-        if op is attention_cudnn and self.tokens > FEW and plain:
-            return self.batch * stack.pos.shape[2] * self.tokens * slots * self.item + 2 * copy  # the bias, k and v
+        if op in (attention_ampere, attention_hopper) and not beyond(stack, self.model.config.dtype):
+            rows, hopper = self.tokens * spec.group, op is attention_hopper
+            blocks = blocks_for(width, rows, slots, kv_heads, split=self.tokens <= KEYS_IN_PARTS, hopper=hopper)
+            if blocks.splits == 1:  # the queries, padded, and the outputs
+                return 2 * self.rows * spec.heads * width * self.item
+            rows = -(-rows // blocks.rows) * blocks.rows
+            return self.batch * kv_heads * rows * (blocks.splits * 4 * (width + 1) + width * self.item)
         tile = self.batch * spec.heads * min(self.tokens, TILE)
         if op is attention_blocks:
             block = min(BLOCK, slots)

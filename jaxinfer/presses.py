@@ -14,12 +14,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.layers.rope import Rope, rope
-from jaxinfer.ops.attention import visible
+from jaxinfer.ops.votes import attention_received, map_heads, newest, query_positions, softmax_of_seen
 
 
 @dataclass(frozen=True, kw_only=True)
 class Press:
-    """A function (queries, k, v, pos, valid) -> scores of one layer, equal by value and so a good static argument.
+    """A function (queries, k, v, pos, valid, sinks, received) -> scores of one layer.
+
+    It is equal by value, and so a good static argument.
 
     queries [B, W, K, G, H]: those of the last W tokens, as attention has them: rotated, and times the layer's scale, so
         that q.k is a logit. W is `window` or more.
@@ -27,7 +29,8 @@ class Press:
         with the slots, as they do in any cache that has not wrapped: neighbours in slots are pooled together, and where
         a cache was compacted before, these are the neighbours that are left. The last token must be there.
     valid [B, W]: which queries are tokens. Those of padding, which come first, have no vote.
-    sinks [N]: only given, and then to be taken, where the layer's softmax has them.
+    sinks [N]: those of the layer's softmax, if it has any.
+    received: the device's way to compute `attention_received`, of this layer's keys.
 
     Returns f32 [B, K, S]: larger is kept, inf always, -inf is an empty slot. Where several layers read one cache, the
     sum of their scores is the cache's. Everything is computed in f32.
@@ -43,6 +46,7 @@ class Press:
         pos: Int[Array, "B P S"],
         valid: Bool[Array, "B W"],
         sinks: Float[Array, " N"] | None = None,
+        received: Callable[..., Array] = attention_received,
     ) -> Float[Array, "B K S"]:
         raise NotImplementedError
 
@@ -57,9 +61,9 @@ class Votes(Press):
 
     window: int = 64
 
-    def __call__(self, queries, k, v, pos, valid, sinks=None):
-        scores = attention_received(*_last(self.window, queries, valid), k, pos, sinks).sum(2)
-        return _mark(scores, pos, pinned=False)
+    def __call__(self, queries, k, v, pos, valid, sinks=None, received=attention_received):
+        votes = received(*_last(self.window, queries, valid), k, pos, sinks)
+        return _mark(votes.sum(2), pos, pinned=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +82,14 @@ class SnapKV(Press):
         if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"window={self.window} must be at least 1, and kernel={self.kernel} odd")
 
-    def __call__(self, queries, k, v, pos, valid, sinks=None):
-        received = attention_received(*_last(self.window, queries, valid), k, pos, sinks) / self.window
-        before = pos <= _newest(pos) - self.window
-        received = jnp.where(before[:, :, None], received, 0)
+    def __call__(self, queries, k, v, pos, valid, sinks=None, received=attention_received):
+        votes = received(*_last(self.window, queries, valid), k, pos, sinks) / self.window
+        before = pos <= newest(pos) - self.window
+        votes = jnp.where(before[:, :, None], votes, 0)
         if self.pooling == "max":
-            pooled = _pool(received, self.kernel, -jnp.inf, lax.max)
+            pooled = _pool(votes, self.kernel, -jnp.inf, lax.max)
         else:
-            pooled = _pool(received, self.kernel, 0.0, lax.add) / self.kernel
+            pooled = _pool(votes, self.kernel, 0.0, lax.add) / self.kernel
         return _mark(pooled.mean(2), pos, ~before)
 
 
@@ -121,8 +125,8 @@ class ChunkKV(SnapKV):
 
     chunk: int = 20
 
-    def __call__(self, queries, k, v, pos, valid, sinks=None):
-        scores = super().__call__(queries, k, v, pos, valid, sinks)
+    def __call__(self, queries, k, v, pos, valid, sinks=None, received=attention_received):
+        scores = super().__call__(queries, k, v, pos, valid, sinks, received)
         pin = jnp.where(jnp.isfinite(scores), scores, 0).max((1, 2), keepdims=True) + 1
         scores = jnp.where(pos < 0, 0, jnp.minimum(scores, pin)).sum(1)
         sums, counts = (
@@ -139,16 +143,16 @@ class TOVA(Press):
 
     window: int = 1
 
-    def __call__(self, queries, k, v, pos, valid, sinks=None):
-        received = attention_received(*_last(1, queries, valid), k, pos, sinks).mean((1, 2))
-        return _mark(jnp.broadcast_to(received[:, None], k.shape[:3]), pos, pos == _newest(pos))
+    def __call__(self, queries, k, v, pos, valid, sinks=None, received=attention_received):
+        votes = received(*_last(1, queries, valid), k, pos, sinks).mean((1, 2))
+        return _mark(jnp.broadcast_to(votes[:, None], k.shape[:3]), pos, pos == newest(pos))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knorm(Press):
     """Short keys are kept: they get the most attention (arXiv:2406.11430)."""
 
-    def __call__(self, queries, k, v, pos, valid, sinks=None):
+    def __call__(self, queries, k, v, pos, valid, sinks=None, received=attention_received):
         return _mark(-jnp.linalg.norm(k.astype(jnp.float32), axis=-1), pos, pinned=False)
 
 
@@ -156,7 +160,7 @@ class Knorm(Press):
 class KeyDiff(Press):
     """Keys unlike the others are kept: minus the cosine to their mean direction (arXiv:2504.15364)."""
 
-    def __call__(self, queries, k, v, pos, valid, sinks=None):
+    def __call__(self, queries, k, v, pos, valid, sinks=None, received=attention_received):
         unit = _unit(k.astype(jnp.float32))
         mean = _unit(jnp.where((pos >= 0)[..., None], unit, 0).sum(2, keepdims=True))  # of any length: only it counts
         return _mark(-(unit * mean).sum(-1), pos, pinned=False)
@@ -168,7 +172,7 @@ class StreamingLLM(Press):
 
     first: int = 4
 
-    def __call__(self, queries, k, v, pos, valid, sinks=None):
+    def __call__(self, queries, k, v, pos, valid, sinks=None, received=attention_received):
         return _mark(jnp.broadcast_to(pos, k.shape[:3]).astype(jnp.float32), pos, pos < self.first)
 
 
@@ -183,7 +187,7 @@ class LagKV(Press):
     lag: int = 128
     first: int = 4
 
-    def __call__(self, queries, k, v, pos, valid, sinks=None):
+    def __call__(self, queries, k, v, pos, valid, sinks=None, received=attention_received):
         parts = max((k.shape[2] - self.first) // self.lag, 0)
 
         def variation(x: Array) -> Array:  # of all partitions but the last, [B, K, parts - 1, lag]
@@ -195,7 +199,7 @@ class LagKV(Press):
 
         ranks = jnp.argsort(jnp.argsort(variation(k) + variation(v))).astype(jnp.float32) / self.lag
         ranks = jnp.pad(ranks.reshape(*k.shape[:2], -1), ((0, 0), (0, 0), (self.first, k.shape[2])))
-        whole = (_newest(pos) + 1 - self.first) // self.lag
+        whole = (newest(pos) + 1 - self.first) // self.lag
         ranked = (pos >= self.first) & ((pos - self.first) // self.lag < whole - 1)
         return _mark(ranks[..., : k.shape[2]], pos, ~ranked)
 
@@ -213,14 +217,14 @@ class ExpectedAttention(Press):
     future: int = 512
     first: int = 4
 
-    def __call__(self, queries, k, v, pos, valid, sinks=None):
+    def __call__(self, queries, k, v, pos, valid, sinks=None, received=attention_received):
         queries, valid = _last(self.window, queries, valid)
-        at = _positions(queries, pos)
+        at = query_positions(queries, pos)
         if self.rope is not None:
             queries = rope(queries, -at, replace(self.rope, magnitude=1 / self.rope.magnitude))
         mean, covariance = query_statistics(queries, valid & (at >= self.first))
         if self.rope is not None:
-            turn = mean_rotation(self.rope, k.shape[3], _newest(pos)[:, 0, 0] + 1, self.future)
+            turn = mean_rotation(self.rope, k.shape[3], newest(pos)[:, 0, 0] + 1, self.future)
             mean, covariance = turn_statistics(mean, covariance, turn)
         return expected_scores(mean, covariance, k, v, pos, sinks, first=self.first)
 
@@ -252,31 +256,7 @@ def press(name: str, rope: Rope | None, window: int | None = None, kernel: int |
 
 def one_list(scores: Float[Array, "L B K S"], pos: Int[Array, "B 1 S"], *, recent: int) -> Float[Array, "B 1 S"]:
     """Scores of one list for all heads and layers: their sum, with the last `recent` positions pinned."""
-    return _mark(scores.sum((0, 2))[:, None], pos, pos > _newest(pos) - recent)
-
-
-def attention_received(
-    queries: Float[Array, "B W K G H"],
-    valid: Bool[Array, "B W"],
-    k: Float[Array, "B K S H"],
-    pos: Int[Array, "B P S"],
-    sinks: Float[Array, " N"] | None = None,
-) -> Float[Array, "B K G S"]:
-    """The attention that each key gets from the last W tokens, summed over the valid ones: causal, softmax in f32 over
-    all keys and the head's sink.
-
-    A KV head at a time: all logits of 64 queries of 32 heads on 131,072 keys would take a gigabyte.
-    """
-    at = _positions(queries, pos)
-
-    def one_head(head: tuple) -> Array:
-        q, k, pos, sink = head
-        s = jnp.einsum("bwgh,bsh->bgws", *_f32(q, k), precision=lax.Precision.HIGHEST)
-        seen = visible(at, pos[:, None], None) & valid[:, None, :, None]
-        return _softmax(s, seen, None if sink is None else sink[:, None]).sum(2)
-
-    heads = (queries.swapaxes(1, 2), k, jnp.broadcast_to(pos, k.shape[:3]))
-    return _map_heads(one_head, heads, sinks)
+    return _mark(scores.sum((0, 2))[:, None], pos, pos > newest(pos) - recent)
 
 
 def query_statistics(
@@ -327,40 +307,15 @@ def expected_scores(
         product = lambda form, *x: jnp.einsum(form, *x, precision=lax.Precision.HIGHEST)  # noqa: E731
         half = product("bsi,bgij->bgsj", k, covariance)
         s = product("bsh,bgh->bgs", k, mean) + (half * k[:, None]).sum(-1) / 2
-        weights = _softmax(s, seen[:, None], sink)
+        weights = softmax_of_seen(s, seen[:, None], sink)
         return weights.mean(1) * jnp.linalg.norm(v, axis=-1)
 
     heads = (mean, covariance, k, v, jnp.broadcast_to(seen, k.shape[:3]))
-    return _mark(_map_heads(one_head, heads, sinks), pos, ~seen)
-
-
-def _map_heads(one: Callable[[tuple], Array], heads: tuple[Array, ...], sinks: Array | None) -> Array:
-    """one((*heads without their second axis, K; sinks [G] or None)) for each KV head, stacked as that axis."""
-    kv_heads = heads[0].shape[1]
-    by_head = None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, -1)
-    return lax.map(one, (*(x.swapaxes(0, 1) for x in heads), by_head)).swapaxes(0, 1)
-
-
-def _softmax(s: Float[Array, "*n S"], seen: Bool[Array, "*#n S"], sink: Array | None) -> Float[Array, "*n S"]:
-    """Over the keys that are seen, zeros where none is; a sink is one more key, whose share nobody gets."""
-    s = jnp.where(seen, s, -jnp.inf)
-    weights = jnp.where(seen, jax.nn.softmax(s), 0)
-    if sink is None:
-        return weights
-    return weights * jax.nn.sigmoid(jax.nn.logsumexp(s, -1, keepdims=True) - sink[..., None])
+    return _mark(map_heads(one_head, heads, sinks), pos, ~seen)
 
 
 def _mark(scores: Float[Array, "B K S"], pos: Int[Array, "B P S"], pinned: Array | bool) -> Float[Array, "B K S"]:
     return jnp.where(pos < 0, -jnp.inf, jnp.where(pinned, jnp.inf, scores))
-
-
-def _newest(pos: Int[Array, "B P S"]) -> Int[Array, "B 1 1"]:
-    return pos.max((1, 2), keepdims=True)
-
-
-def _positions(queries: Array, pos: Int[Array, "B P S"]) -> Int[Array, "B W"]:
-    """Those of the last queries of each row; below zero for padding."""
-    return _newest(pos)[:, 0] - jnp.arange(queries.shape[1])[::-1]
 
 
 def _last(window: int, queries: Array, valid: Array) -> tuple[Array, Array]:

@@ -205,7 +205,7 @@ class Session:
         held = [sum(map(len, rows)) for rows in zip(self.tokens, *parts, strict=True)]
         if self.eviction and self._evicts(max(held)):
             args = self.params, self.cache, self.eviction, self.keep, self._sizes(held), room
-            found["eviction"] = snapkv.programs(*args)
+            found["eviction"] = snapkv.programs(*args, votes=self.model.ops.votes)
         found["decode"] = [partial(self._lower_decode, held, room, **decoding)]
         return found
 
@@ -331,7 +331,8 @@ class Session:
             if seen < min(window, len(row)):
                 raise ValueError(f"the press looks from {window} tokens, but only the last {seen} were observed")
         sizes = self._sizes(list(map(len, self.tokens)))
-        self.cache, self.kept = snapkv.evict(self.params, self.cache, self.eviction, self.keep, sizes, room, done=done)
+        args = self.params, self.cache, self.eviction, self.keep, sizes, room
+        self.cache, self.kept = snapkv.evict(*args, votes=self.model.ops.votes, done=done)
         self._room, self._evicted = [room] * len(self.tokens), max(map(len, self.tokens))
 
     def _with(self, cache: Any) -> "Session":

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer import decoder
 from jaxinfer.cache import KVCache, is_full
+from jaxinfer.ops.votes import votes_reference
 from jaxinfer.presses import LagKV, Press, SnapKV, one_list
 
 SMALL = 2**28  # bytes of a cache from which nothing is evicted unless told
@@ -82,13 +83,15 @@ def evict(
     tokens: Sequence[int],
     room: int,
     *,
+    votes: Callable[..., Array] = votes_reference,
     done: Callable[[KVCache], None] = lambda old: None,
     call: Callable[..., Any] = lambda program, *args, **options: program(*args, **options),
 ) -> Evicted:
     """The cache with about `keep` of each row's `tokens` in every layer without a window, and `room` for new ones.
 
     It goes stack by stack; `done(stack)` is called when one is there in its new size, and may delete the old one.
-    `call` makes the calls of jitted functions. Raises ValueError where the press cannot look at what the cache has.
+    `votes` is an operation of the device, see `Ops`; `call` makes the calls of jitted functions. Raises ValueError
+    where the press cannot look at what the cache has.
     """
     press, full = eviction.press, _full(cache)
     if not press.window <= keep:
@@ -102,7 +105,7 @@ def evict(
         raise ValueError("LagKV ranks parts of a whole prompt, but some of it was evicted before")
 
     def scores(at: tuple[int, int]) -> Any:  # Float[Array, "R B K S"], or its shape
-        return call(_scores, press, full[at], params.layers[at[0]].layers[at[1]].mixer.sinks)
+        return call(_scores, press, full[at], params.layers[at[0]].layers[at[1]].mixer.sinks, votes=votes)
 
     common, counts = [], _counts(press, full, keep, tokens)
     if eviction.one_list:
@@ -122,7 +125,14 @@ def evict(
 
 
 def programs(
-    params: Any, cache: Any, eviction: Eviction, keep: int, tokens: Sequence[int], room: int
+    params: Any,
+    cache: Any,
+    eviction: Eviction,
+    keep: int,
+    tokens: Sequence[int],
+    room: int,
+    *,
+    votes: Callable[..., Array] = votes_reference,
 ) -> list[Callable[[], jax.stages.Lowered]]:
     """What `evict` calls: functions that lower it."""
     found = []
@@ -131,7 +141,7 @@ def programs(
         found.append(partial(program.lower, *args, **options))
         return program.eval_shape(*args, **options)
 
-    evict(params, jax.eval_shape(lambda: cache), eviction, keep, tokens, room, call=call)
+    evict(params, jax.eval_shape(lambda: cache), eviction, keep, tokens, room, votes=votes, call=call)
     return found
 
 
@@ -152,9 +162,11 @@ def _counts(
     }
 
 
-@partial(jax.jit, static_argnames="press")
-def _scores(press: Press, cache: KVCache, sinks: Float[Array, "R N"] | None) -> Float[Array, "R B K S"]:
-    """A press's scores of all keys of a stack of layers, one layer after the other."""
+@partial(jax.jit, static_argnames=("press", "votes"))
+def _scores(
+    press: Press, cache: KVCache, sinks: Float[Array, "R N"] | None, *, votes: Callable[..., Array]
+) -> Float[Array, "R B K S"]:
+    """A press's scores of all keys of a stack of layers, one layer after the other: no more than one's temporaries."""
     repeats, batch, heads, _, width = cache.k.shape
     queries = cache.recent_q
     if queries is None:
@@ -162,9 +174,12 @@ def _scores(press: Press, cache: KVCache, sinks: Float[Array, "R N"] | None) -> 
     valid = cache.pos.max((0, 2, 3))[:, None] - jnp.arange(queries.shape[2])[::-1] >= 0
 
     def one(q: Array, layer: Any) -> Array:
+        def received(queries: Array, valid: Array, k: Array, pos: Array, sinks: Array | None) -> Array:
+            return votes(queries, valid, cache.k, layer, pos, sinks)  # not of `k`, which would be a copy
+
         k, v, pos = (a[layer] for a in (cache.k, cache.v, cache.pos))
-        more = () if sinks is None else (sinks[layer],)
-        return press(q, k, v, pos, valid, *more)
+        sink = None if sinks is None else sinks[layer]
+        return press(q, k, v, pos, valid, sink, received)
 
     scores = lax.map(lambda x: one(*x), (queries[:repeats], jnp.arange(repeats)))
     if len(queries) == repeats:
@@ -184,12 +199,43 @@ def select(
     slots = scores.shape[-1]
     if not 1 <= keep <= slots:
         raise ValueError(f"{keep=} must be from 1 to the {slots} slots")
+    most = jnp.broadcast_to(jnp.minimum(keep, jnp.asarray(keep if count is None else count)), scores.shape[:-1])
+    # A GPU's top_k sorts all slots. On a CPU counting takes a third longer, and its program ten times as long to make.
+    return lax.platform_dependent(
+        scores, most[..., None], cpu=partial(by_sorting, keep=keep), default=partial(by_counting, keep=keep)
+    )
+
+
+def by_sorting(
+    scores: Float[Array, "*batch S"], most: Int[Array, "*batch 1"], *, keep: int
+) -> Int[Array, "*batch {keep}"]:
+    """What `select` is."""
     top, slot = lax.top_k(scores, keep)
     rank = jnp.arange(keep, dtype=slot.dtype)
-    taken = top > -jnp.inf
-    if count is not None:
-        taken &= rank < count[..., None]
-    return jnp.sort(jnp.where(taken, slot, slots + rank))
+    return jnp.sort(jnp.where((top > -jnp.inf) & (rank < most), slot, scores.shape[-1] + rank))
+
+
+def by_counting(
+    scores: Float[Array, "*batch S"], most: Int[Array, "*batch 1"], *, keep: int
+) -> Int[Array, "*batch {keep}"]:
+    """The same, sorting nothing: the least score that is kept is found bit by bit, counting those that are no less."""
+    slots = scores.shape[-1]
+    bits = lax.bitcast_convert_type(scores, jnp.uint32)
+    order = bits ^ jnp.where(bits >> 31 == 1, jnp.uint32(2**32 - 1), jnp.uint32(2**31))  # ascends as the scores do
+    order = jnp.where(scores > -jnp.inf, order, 0)
+    most = jnp.minimum(most, (order > 0).sum(-1, keepdims=True))
+
+    def decide(i: Array, least: Array) -> Array:
+        higher = least | jnp.uint32(2**31) >> i
+        return jnp.where((order >= higher).sum(-1, keepdims=True) >= most, higher, least)
+
+    least = lax.fori_loop(jnp.uint32(0), jnp.uint32(32), decide, jnp.zeros(most.shape, jnp.uint32))
+    more, equal = order > least, order == least
+    taken = more | (equal & (jnp.cumsum(equal, -1) <= most - more.sum(-1, keepdims=True)))
+    rank = jnp.where(taken, jnp.cumsum(taken, -1) - 1, keep).reshape(-1, slots)
+    lists = jnp.broadcast_to(slots + jnp.arange(keep), (len(rank), keep))
+    lists = lists.at[jnp.arange(len(rank))[:, None], rank].set(jnp.arange(slots), mode="drop")
+    return lists.reshape(*scores.shape[:-1], keep)
 
 
 def compact(cache: KVCache, keep: Int[Array, "R B L n"], room: int) -> KVCache:

@@ -169,7 +169,7 @@ def test_the_kept_queries_are_those_that_attention_had(name, chunk, readers):
 class EveryOther(Press):
     """A press of this file's own: even positions, the latest first; heads begin at different ones."""
 
-    def __call__(self, queries, k, v, pos, valid, sinks=None):
+    def __call__(self, queries, k, v, pos, valid, sinks=None, received=None):
         even = (pos + jnp.arange(k.shape[1])[:, None]) % 2 == 0
         return jnp.where(pos < 0, -jnp.inf, jnp.where(even, pos, -pos).astype(jnp.float32))
 

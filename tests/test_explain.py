@@ -8,7 +8,7 @@ import pytest
 from goldens import model_path
 
 import jaxinfer
-from jaxinfer import CPU, GPU, REFERENCE, __main__, loader
+from jaxinfer import AMPERE, CPU, HOPPER, REFERENCE, __main__, loader
 from jaxinfer.explain import Layer, Report, Use, explain, lines
 from jaxinfer.memory import placed
 from jaxinfer.ops.attention import attention_dense, attention_tiles
@@ -16,7 +16,7 @@ from jaxinfer.ops.attention import attention_dense, attention_tiles
 CTX, SLOTS = 4000, 4096  # slots come in 256s
 CHUNK = 512  # on a CPU
 RING = 768  # a window of 16 and a chunk less one are 527, which is 640 in blocks of 128, and a block to spare
-ON_GPU: dict[str, Any] = {"ops": GPU, "dtype": "bfloat16", "expand": False}
+ON_GPU: dict[str, Any] = {"ops": HOPPER, "dtype": "bfloat16", "expand": False}
 
 
 def report(name: str, ctx: int = CTX, **options: Any) -> Report:
@@ -102,24 +102,28 @@ def test_operations_on_a_cpu(name):
             assert not [x for x in layer.prefill if x.op == "experts"]
 
 
-BIAS = "cuDNN, all slots with the mask as a bias"
-PREFILL = {  # by golden and layer
-    ("qwen3", 0): (f"{BIAS}; a later chunk", "cuDNN, causal, for a first chunk"),
-    ("gemma3", 0): (f"{BIAS}; a window of 16 is shorter than the chunk",),
-    ("gemma3", 5): (f"{BIAS}; a later chunk", "cuDNN, causal, for a first chunk"),
-    ("qwen35moe", 3): (f"{BIAS}; a later chunk", "cuDNN, causal, for a first chunk"),
-    ("gpt-oss", 0): ("all slots at once; sinks",),
-    ("llama4", 0): ("all slots at once; windows of a fixed place",),
-}
-
-
-@pytest.mark.parametrize(("name", "number"), PREFILL)
-def test_attention_on_a_gpu_and_why(name, number):
+@pytest.mark.parametrize(
+    ("name", "number"), [("qwen3", 0), ("gemma3", 0), ("qwen35moe", 3), ("gpt-oss", 0), ("llama4", 0)]
+)
+def test_attention_on_a_gpu(name, number):
     layer = layer_of(report(name, **ON_GPU), number)
     prefill, decode = use(layer.prefill, "attention"), use(layer.decode, "attention")
-    assert (prefill.function, prefill.forms) == ("attention_cudnn", PREFILL[name, number])
-    assert (decode.function, decode.forms) == ("attention_cudnn", ("all slots at once; no more than 8 tokens",))
+    assert (prefill.function, prefill.forms) == ("attention_hopper", ("flash attention, warpgroups in turns",))
+    assert (decode.function, decode.forms) == ("attention_hopper", ("flash attention, keys in parts",))
     assert prefill.why == "attention_blocks is the fastest on this device"  # which is a CPU
+
+
+def test_attention_on_a_gpu_before_hopper():
+    layer = layer_of(report("qwen3", **ON_GPU | {"ops": AMPERE}), 0)
+    assert use(layer.prefill, "attention").forms == ("flash attention",)
+    assert use(layer.decode, "attention").forms == ("flash attention, keys in parts",)
+
+
+def test_what_the_kernels_do_not_cover_is_told():
+    layer = layer_of(report("qwen3", **ON_GPU | {"dtype": "float32"}), 0)
+    why = "queries of float32 and a cache of float32 are not alike bfloat16 or float16"
+    for uses in (layer.prefill, layer.decode):
+        assert use(uses, "attention").forms == (f"all slots at once; {why}",)
 
 
 @pytest.mark.parametrize("name", ["qwen35moe", "gemma4-moe"])

@@ -21,7 +21,7 @@ from jax.experimental import topologies
 import jaxinfer
 from jaxinfer import Sampler, engine, loader, memory
 from jaxinfer.memory import Plan
-from jaxinfer.ops import GPU
+from jaxinfer.ops import HOPPER
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "write_model.py"
 spec = importlib.util.spec_from_file_location("write_model", SCRIPT)
@@ -57,7 +57,7 @@ def described(folder: Path, shape: str, file_type: str) -> loader.Description:
     file.truncate(file.tell())
     writer.write_padding(file, file.tell())
     writer.close()
-    return loader.describe(path, dtype=jnp.bfloat16, ops=GPU, expand=False)
+    return loader.describe(path, dtype=jnp.bfloat16, ops=HOPPER, expand=False)
 
 
 def plan_of(found: loader.Description, context: int, **options: Any) -> Plan:

@@ -5,16 +5,24 @@ anywhere and defines the result; to swap one operation, replace one field: `REFE
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxinfer.ops.attention import attention_blocks, attention_cudnn, attention_reference, attention_tiles
+from jaxinfer.ops.attention import (
+    attention_ampere,
+    attention_blocks,
+    attention_hopper,
+    attention_reference,
+    attention_tiles,
+)
 from jaxinfer.ops.delta import gated_delta_chunked, gated_delta_reference
 from jaxinfer.ops.experts import experts_gpu, experts_reference
 from jaxinfer.ops.matmul import matmul_gpu, matmul_reference
+from jaxinfer.ops.votes import votes_hopper, votes_reference
 from jaxinfer.tree import Device
 
 
@@ -23,15 +31,23 @@ class Ops(NamedTuple):
     attention: Callable[..., Array]
     experts: Callable[..., Array]
     delta: Callable[..., tuple[Array, Array]]
+    votes: Callable[..., Array] = votes_reference
 
 
 REFERENCE = Ops(matmul_reference, attention_reference, experts_reference, gated_delta_reference)
 CPU = Ops(matmul_reference, attention_blocks, experts_reference, gated_delta_chunked)
-GPU = Ops(matmul_gpu, attention_cudnn, experts_gpu, gated_delta_chunked)
+HOPPER = Ops(matmul_gpu, attention_hopper, experts_gpu, gated_delta_chunked, votes_hopper)
+AMPERE = HOPPER._replace(attention=attention_ampere, votes=votes_reference)
+GPU = HOPPER._replace(attention=attention_tiles, votes=votes_reference)
 
 
 def default_ops(device: Device, dtype: np.dtype) -> Ops:
     """The fastest operations there are for activations of a type on a device."""
     if device.platform != "gpu":
         return CPU
-    return GPU if dtype in (jnp.bfloat16, jnp.float16) else GPU._replace(attention=attention_tiles)
+    capability = float(device.compute_capability)
+    if dtype not in (jnp.bfloat16, jnp.float16) or capability < 8:
+        return GPU
+    if capability < 10:
+        return HOPPER if capability == 9 else AMPERE
+    return AMPERE._replace(attention=partial(attention_ampere, hopper=True))

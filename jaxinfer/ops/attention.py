@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.cache import KVCache
 from jaxinfer.ops.form import form
-from jaxinfer.ops.matmul import FEW
+from jaxinfer.pallas.bounds import beyond
+from jaxinfer.pallas.flash import flash_attention
+from jaxinfer.pallas.flash_mma import FEW, attention_mma
 from jaxinfer.quants import at
 from jaxinfer.tree import Index
 
@@ -31,12 +31,14 @@ def attention_reference(
     window: int | None = None,
     aligned: bool = False,
     sinks: Float[Array, " N"] | None = None,
+    softcap: float | None = None,
     skip: bool = True,
 ) -> Float[Array, "B T K G H"]:
     """softmax(scale * q k^T) v over the cached positions p that a query at `pos` sees: pos - window < p <= pos.
 
     Where windows are `aligned`, it sees those from the last multiple of `window` on. A head's sink is the score of a
-    key without a value. All in f32, the result in q's type. A query that sees nothing, such as a pad, gives zeros.
+    key without a value. A `softcap` c makes c tanh(s / c) of scores s. All in f32, the result in q's type. A query that
+    sees nothing, such as a pad, gives zeros.
 
     The softmax is that of arXiv:2307.08691, section 3.1, with blocks of one key, in the order of positions. A key that
     a query does not see has the weight exp(-inf) = 0 and leaves the rest times exp(0) = 1: it changes no bit. So the
@@ -61,7 +63,7 @@ def attention_reference(
             where = layer, row, head, jnp.broadcast_to(slot, (b, kv_heads))
             k, v = (a.at[where].get(mode="promise_in_bounds").astype(jnp.float32) for a in (cache.k, cache.v))
             s = jnp.einsum("bkhq,bkh->bkq", rows, k, precision=lax.Precision.HIGHEST)
-            s = jnp.where(visible(queries, key, window, aligned)[..., 0], s, -jnp.inf)
+            s = jnp.where(visible(queries, key, window, aligned)[..., 0], _capped(s, softcap), -jnp.inf)
             new = jnp.maximum(top, s)
             e, decay = jnp.exp(s - new), jnp.exp(top - new)
             return new, total * decay + e, o * decay[:, :, None] + e[:, :, None] * v[..., None]
@@ -103,6 +105,10 @@ def visible(
     return seen & (key >= query // window * window if aligned else key > query - window)
 
 
+def _capped(s: Array, softcap: float | None) -> Array:
+    return s if softcap is None else softcap * jnp.tanh(s / softcap)
+
+
 def _start(sinks: Array | None, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """The softmax's maximum and sum before any key [B, K, G, T, 1]; finite, so that no row is nan."""
     if sinks is None:
@@ -122,6 +128,7 @@ def attention_dense(
     window: int | None = None,
     aligned: bool = False,
     sinks: Float[Array, " N"] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T K G H"]:
     """The reference's attention as two products over all slots. Operands in q's type, scores and softmax in f32."""
     b, t, kv_heads, group, width = q.shape
@@ -130,7 +137,7 @@ def attention_dense(
     dot = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     rows = q.transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * t, width)
     s = dot("bkqh,bksh->bkqs", rows, k.astype(q.dtype)).reshape(b, kv_heads, group, t, -1) * scale
-    s = jnp.where(visible(pos, held, window, aligned)[:, :, None], s, -jnp.inf)
+    s = jnp.where(visible(pos, held, window, aligned)[:, :, None], _capped(s, softcap), -jnp.inf)
     first, total = _start(sinks, (b, kv_heads, group, t))
     top = jnp.maximum(s.max(-1, keepdims=True), first)
     e = jnp.exp(s - top)
@@ -150,6 +157,7 @@ def attention_blocks(
     window: int | None = None,
     aligned: bool = False,
     sinks: Float[Array, " N"] | None = None,
+    softcap: float | None = None,
     skip: bool = True,
 ) -> Float[Array, "B T K G H"]:
     """The reference's attention, a tile of queries and a block of keys at a time (FlashAttention, arXiv:2205.14135).
@@ -157,7 +165,7 @@ def attention_blocks(
     Blocks in which no query of the tile sees a key are not visited, so that the cost follows the tokens in the cache,
     or in the window, and not the slots. Without `skip` they are, which changes no bit. The stack is read in place.
     """
-    options = {"scale": scale, "window": window, "aligned": aligned, "sinks": sinks, "skip": skip}
+    options = {"scale": scale, "window": window, "aligned": aligned, "sinks": sinks, "softcap": softcap, "skip": skip}
     return _by_tiles(partial(_attend_tile, cache=cache, layer=layer, **options), q, pos, TILE)
 
 
@@ -193,6 +201,7 @@ def _attend_tile(
     window: int | None,
     aligned: bool,
     sinks: Array | None,
+    softcap: float | None,
     skip: bool,
 ) -> Float[Array, "B T K G H"]:
     b, t, kv_heads, group, width = q.shape
@@ -215,7 +224,7 @@ def _attend_tile(
 
         held = jnp.where(start + jnp.arange(block) >= first, read(cache.pos), -1)
         s = dot("bkqh,bksh->bkqs", rows, read(cache.k).astype(q.dtype)).reshape(b, kv_heads, group, t, block)
-        s = jnp.where(visible(pos, held, window, aligned)[:, :, None], s, -jnp.inf)
+        s = jnp.where(visible(pos, held, window, aligned)[:, :, None], _capped(s, softcap), -jnp.inf)
         new = jnp.maximum(top, s.max(-1, keepdims=True))
         e, decay = jnp.exp(s - new), jnp.exp(top - new)
         values = dot(
@@ -243,76 +252,31 @@ def live_blocks(
     return jnp.argsort(~live, stable=True), live.sum()
 
 
-def attention_cudnn(
+def attention_hopper(
+    q: Float[Array, "B T K G H"], cache: KVCache, layer: Index, pos: Int[Array, "B T"], **options: Any
+) -> Float[Array, "B T K G H"]:
+    """The reference's attention through kernels for sm_90; all slots at once where they do not attend, see `beyond`.
+
+    Positions of a row ascend, padding first, as `left_pad` lays them.
+    """
+    if not beyond(cache, q.dtype) and q.shape[1] > FEW:
+        with form("flash attention, warpgroups in turns"):
+            return flash_attention(q, cache, layer, pos, **options)
+    return attention_ampere(q, cache, layer, pos, hopper=True, **options)
+
+
+def attention_ampere(
     q: Float[Array, "B T K G H"],
     cache: KVCache,
     layer: Index,
     pos: Int[Array, "B T"],
     *,
-    scale: float,
-    window: int | None = None,
-    aligned: bool = False,
-    sinks: Float[Array, " N"] | None = None,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
+    hopper: bool = False,
+    **options: Any,
 ) -> Float[Array, "B T K G H"]:
-    """The reference's attention through cuDNN's fused kernel, for chunks; few queries take all slots at once.
-
-    A first chunk, whose keys are all its own, is plain causal attention; a later one needs the mask as a bias, and
-    visits every slot. Operands must be bf16 or f16, see `default_ops`; what cuDNN does not know takes all slots at
-    once, a tile at a time, see `beyond_cudnn`. A row's tokens must be consecutive and end the chunk, as `left_pad` lays
-    them. JAX traces cuDNN's kernel only where the library is: elsewhere its own `implementation` can stand for it.
-    """
-    b, t, kv_heads, group, width = q.shape
-    if why := beyond_cudnn(t, width, aligned, sinks is not None):
+    """As `attention_hopper`, for sm_80 and later: one kernel for all calls. Pipelines differ on sm_90, `hopper`."""
+    if why := beyond(cache, q.dtype):
         with form("all slots at once", why):
-            return attention_tiles(q, cache, layer, pos, scale=scale, window=window, aligned=aligned, sinks=sinks)
-    heads = q.reshape(b, t, kv_heads * group, width)
-    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation=implementation)
-
-    @form("cuDNN, causal, for a first chunk")
-    def first() -> Array:
-        pads = t - 1 - pos[:, -1:]  # rolled to the end, where causality hides them: then slot, position and row agree
-        order = (jnp.arange(t) + pads) % t
-        back = (jnp.arange(t) - pads) % t
-        own = [swapped(a)[:, :t] for a in (cache.k, cache.v)]
-        return take_rows(attend(take_rows(heads, order), *own, is_causal=True), back)
-
-    def later() -> Array:
-        bias = jnp.where(visible(pos, at(cache.pos, layer), window), 0.0, -jnp.inf).astype(q.dtype)
-        if bias.shape[1] > 1:
-            bias = jnp.repeat(bias, group, axis=1)
-        return attend(heads, swapped(cache.k), swapped(cache.v), bias=bias)
-
-    def swapped(stack: Array) -> Array:
-        # cuDNN wants [B, S, K, H]. Without the constraint XLA gives the whole stack that order, and copies it to do so.
-        return with_layout_constraint(at(stack, layer), Layout((0, 1, 2, 3))).swapaxes(1, 2)
-
-    def take_rows(x: Array, rows: Array) -> Array:
-        return jnp.take_along_axis(x, rows[:, :, None, None], axis=1)
-
-    bias = "cuDNN, all slots with the mask as a bias"
-    if why := _beyond_causal(cache, t, window):
-        return form(bias, why)(later)().reshape(q.shape)
-    return lax.cond((pos[:, -1] < t).all(), first, form(bias, "a later chunk")(later)).reshape(q.shape)
-
-
-def beyond_cudnn(tokens: int, width: int, aligned: bool, sinks: bool) -> str | None:
-    """Why a call does not take cuDNN's kernel, None where it does."""
-    if tokens <= FEW:
-        return f"no more than {FEW} tokens"
-    if width > 256:
-        return f"heads of {width} are wider than cuDNN's 256"
-    if width % 8:
-        return f"heads of {width} are no multiple of cuDNN's 8"
-    if aligned:
-        return "windows of a fixed place"
-    return "sinks" if sinks else None
-
-
-def _beyond_causal(cache: KVCache, tokens: int, window: int | None) -> str | None:
-    """Why not even a first chunk is plain causal attention to the first slots."""
-    if cache.shift is not None:
-        return "slots are not positions after an eviction"
-    if window is not None and window < tokens:
-        return f"a window of {window} is shorter than the chunk"
-    return f"{cache.k.shape[3]} slots are fewer than the chunk" if cache.k.shape[3] < tokens else None
+            return attention_tiles(q, cache, layer, pos, **options)
+    with form("flash attention, keys in parts" if q.shape[1] <= FEW else "flash attention"):
+        return attention_mma(q, cache, layer, pos, hopper=hopper, **options)

@@ -1,11 +1,24 @@
-"""Which blocks of slots a tile of queries visits, and how the parts of a split visit are joined: for all kernels."""
+"""What attention kernels share: what they cover, which blocks a tile of queries visits, and how parts join."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxinfer.cache import KVCache
+
 type Scalar = Int[Array, ""] | int
+
+
+def beyond(cache: KVCache, dtype: DTypeLike) -> str | None:
+    """Why the kernels do not attend with queries of a type to this cache, None where they do."""
+    *_, slots, width = cache.k.shape
+    if dtype not in (jnp.bfloat16, jnp.float16) or {cache.k.dtype, cache.v.dtype} != {jnp.dtype(dtype)}:
+        return f"queries of {jnp.dtype(dtype)} and a cache of {cache.k.dtype} are not alike bfloat16 or float16"
+    if width % 16 or width > 512:
+        return f"heads of {width} are no multiple of 16 up to 512"
+    return f"{slots} slots are no multiple of 16" if slots % 16 else None
 
 
 class Visit(NamedTuple):
@@ -15,7 +28,7 @@ class Visit(NamedTuple):
     """
 
     first: Scalar
-    count: Scalar
+    count: Scalar  # pyright: ignore[reportIncompatibleMethodOverride]
     plain: Scalar
     edge: Scalar
 
@@ -33,13 +46,13 @@ def visit(
 ) -> Visit:
     """The blocks in which some query at a position from `oldest` to `newest` may see a key.
 
-    Position p lies in slot (p - shift) % slots; None is 0, and says that nothing was ever evicted: then slots up to
-    the newest token's hold all positions of a full cache, and those of a ring the last `slots` of them. A `newest` below
-    zero is a tile of padding: none; an `oldest` below zero says that some of the tile is, so that all blocks need the
-    mask. After an eviction slots may be empty anywhere, and all of them need it too. Without `skip` all blocks are
-    visited, under the mask; a full cache in the same order.
+    Position p lies in slot (p - shift) % slots, where `slots` is a multiple of `block`; a shift of None is 0, and says
+    that nothing was ever evicted: then slots up to the newest token's hold all positions of a full cache, and those of
+    a ring the last `slots` of them. After an eviction slots may be empty anywhere, and every block needs the mask.
+    A tile whose `newest` is below zero is padding and visits nothing; where `oldest` is, some of it is, and every block
+    needs the mask. Without `skip` all blocks are visited, under the mask; a full cache in the same order.
     """
-    blocks = -(-slots // block)
+    blocks = slots // block
 
     def seen_from(p: Scalar) -> Scalar:
         assert window is not None
@@ -56,7 +69,7 @@ def visit(
     count = jnp.where(newest < 0, 0, jnp.clip(count, 0, blocks))
     if not skip:
         return Visit(first, jnp.where(newest < 0, 0, blocks), 0, 0)
-    if shift is not None or slots % block:
+    if shift is not None:
         return Visit(first, count, 0, 0)
     origin = lo - start % block  # the position at the start of the first block
     least = 0 if window is None else seen_from(newest)

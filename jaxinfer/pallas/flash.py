@@ -17,16 +17,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache import KVCache
-from jaxinfer.pallas.bounds import Visit, visit
+from jaxinfer.pallas.bounds import Visit, beyond, visit
 from jaxinfer.tree import Index
 
 ROWS = 64  # of a warpgroup's product
 COMPUTING = 2  # warpgroups
+REGISTERS = 40, 232  # of the copying and the computing warpgroups' threads: together 40 + 2 * 232 <= 3 * 168
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # a softmax's maximum before any key: finite, so that no weight is nan
 SHARED = 226 * 1024  # bytes of a multiprocessor's shared memory, less what barriers take
 WGMMA = plgpu.Layout.WGMMA
 ROW, COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+ACC: Any = plgpu.WGMMAAccumulatorRef
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class Blocks:
         return ROWS * COMPUTING // self.halves
 
 
-def blocks_for(width: int) -> Blocks:
+def blocks_for(width: int, slots: int) -> Blocks:
     """The most keys that shared memory holds twice, for an H200: 128 beat 64 by a fifth where both fit."""
-    return Blocks(keys=128 if width <= 128 else 64) if width <= 256 else Blocks(keys=32, halves=2)
+    keys = 128 if width <= 128 else 64 if width <= 256 else 32
+    return Blocks(keys=math.gcd(slots, keys), halves=1 if width <= 256 else 2)
 
 
 def flash_attention(
@@ -75,11 +78,12 @@ def flash_attention(
     Without `skip` all blocks are visited, which changes no bit. Raises NotImplementedError for what `beyond` names.
     """
     b, t, kv_heads, group, width = q.shape
-    if why := beyond(q, cache):
+    if why := beyond(cache, q.dtype):
         raise NotImplementedError(f"flash_attention: {why}")
-    blocks = blocks or blocks_for(width)
-    if width % (16 * blocks.halves) or width // blocks.halves > 256 or blocks.keys % 16:
-        raise ValueError(f"{blocks} do not fit heads of {width}")
+    slots = cache.k.shape[3]
+    blocks = blocks or blocks_for(width, slots)
+    if width % (16 * blocks.halves) or width // blocks.halves > 256 or blocks.keys % 16 or slots % blocks.keys:
+        raise ValueError(f"{blocks} do not fit heads of {width} and {slots} slots")
     # A tile's rows are (head, token): with several heads it spans fewer positions, and so fewer blocks at the window's
     # ends. Products read rows 8 at a time.
     heads = math.gcd(group, blocks.rows // 8)
@@ -94,15 +98,6 @@ def flash_attention(
     options = {"scale": scale, "window": window, "aligned": aligned, "softcap": softcap, "skip": skip}
     o = _attend(x, cache, layer, at, tops, blocks, heads=heads, interpret=interpret, **options)
     return o[:, -t:].reshape(q.shape)
-
-
-def beyond(q: Float[Array, "B T K G H"], cache: KVCache) -> str | None:
-    """Why the kernels do not attend with these queries to this cache, None where they do."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or {cache.k.dtype, cache.v.dtype} != {q.dtype}:
-        return f"queries of {q.dtype} with a cache of {cache.k.dtype}, not both bfloat16 or float16"
-    if (width := q.shape[-1]) % 16 or width > 512:
-        return f"heads of {width} are no multiple of 16 up to 512"
-    return f"{cache.k.shape[3]} slots are no multiple of 16" if cache.k.shape[3] % 16 else None
 
 
 class _Tile(NamedTuple):
@@ -137,7 +132,7 @@ def _attend(
     kv_heads, slots = cache.k.shape[2:4]
     keys, stages, halves = blocks.keys, blocks.stages, blocks.halves
     tokens, run, groups = t // tiles, min(t // tiles, ROWS), n // heads
-    count, half_width = -(-slots // keys), width // halves
+    count, half_width = slots // keys, width // halves
     items = tiles * b * groups
     ctas = min(items, blocks.ctas)
     rounds = -(-items // ctas)
@@ -149,10 +144,10 @@ def _attend(
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
         my_rows, my_half = lax.rem(wg, sets), lax.rem(wg, halves)
 
-        def place(step: Array) -> Array:  # there and back again, so that no CTA has the longest of every round
+        def place(step: Any) -> Any:  # there and back again, so that no CTA has the longest of every round
             return jnp.where(lax.rem(step, 2) == 0, cta, ctas - 1 - cta)
 
-        mine = rounds - 1 + (place(jnp.int32(rounds - 1)) < items - (rounds - 1) * ctas).astype(jnp.int32)
+        mine = lax.div(items - 1 - place(jnp.int32(rounds - 1)), ctas) + 1  # the last round may be short
 
         def tile_of(step: Array, positions: bool = False) -> _Tile:
             item = step * ctas + place(step)
@@ -175,7 +170,7 @@ def _attend(
         def kv_head(tile: _Tile) -> Array:
             return lax.div(tile.heads * heads, n // kv_heads)
 
-        def slots_of(tile: _Tile, i: Array) -> Any:
+        def slots_of(tile: _Tile, i: Any) -> Any:
             return pl.ds(lax.rem(tile.seen.first + i, count) * keys, keys)
 
         def columns(half: Any) -> Any:
@@ -187,7 +182,7 @@ def _attend(
             return gmem.at[tile.row, pl.ds(tile.number * tokens + token, run), tile.heads * heads + head, columns(half)]
 
         def produce() -> None:
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(REGISTERS[0], action="decrease")
 
             def one_tile(step: Array, done: Array) -> Array:
                 tile = tile_of(step)
@@ -220,7 +215,7 @@ def _attend(
                 plgpu.barrier_wait(v_free.at[s])
 
         def compute() -> None:
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(REGISTERS[1], action="increase")
             plgpu.barrier_arrive(q_free)
             for s in range(stages):
                 plgpu.barrier_arrive(k_free.at[s])
@@ -230,10 +225,10 @@ def _attend(
             def look(step: Array) -> _Tile:
                 return tile_of(jnp.minimum(step, mine - 1), positions=True)
 
-            def one_tile(step: Array, carry: tuple[Array, _Tile | None]) -> tuple[Array, _Tile | None]:
-                done, tile = carry
+            def one_tile(step: Array, begun: tuple[Array, _Tile | None]) -> tuple[Array, _Tile | None]:
+                done, tile = begun
                 tile = look(step) if tile is None else tile
-                some, stop = (tile.seen.count > 0).astype(jnp.int32), tile.seen.count
+                some, stop = jnp.minimum(tile.seen.count, 1), tile.seen.count
                 least = jnp.zeros_like(tile.pos)
                 if window is not None:
                     oldest = lax.div(tile.pos, window) * window if aligned else tile.pos - (window - 1)
@@ -245,13 +240,13 @@ def _attend(
                 def across(x: Array, like: Array) -> Array:
                     return lax.broadcast_in_dim(x, like.shape, [0])
 
-                def slot(i: Array) -> Array:
+                def slot(i: Any) -> Array:
                     return lax.rem(done + i, stages)
 
-                def positions(i: Array) -> Array:  # loaded before the products, which take as long
+                def positions(i: Any) -> Array:  # loaded before the products, which take as long
                     return plgpu.load(held_gmem.at[held, slots_of(tile, i)], layout=COLUMN, optimized=False)
 
-                def scores(s: Any, i: Array) -> None:
+                def scores(s: Any, i: Any) -> None:
                     for half in range(halves):
                         plgpu.wgmma(s, q_smem.at[my_rows, half], k_smem.at[slot(i), half].T)
                     plgpu.barrier_arrive(turn.at[1 - wg])
@@ -268,11 +263,11 @@ def _attend(
 
                 def first_block(carry: tuple) -> tuple:
                     acc, p, top, total = carry
-                    key = positions(jnp.int32(0))
+                    key = positions(0)
                     plgpu.barrier_wait(q_full)
                     plgpu.barrier_wait(k_full.at[slot(0)])
                     plgpu.barrier_wait(turn.at[wg])
-                    s = pl.run_scoped(lambda s: (scores(s, 0), s[...])[1], plgpu.ACC((ROWS, keys)))
+                    s = pl.run_scoped(lambda s: (scores(s, 0), s[...])[1], ACC((ROWS, keys)))
                     plgpu.barrier_arrive(k_free.at[slot(0)])
                     p, top, total, _ = softmax(key, s, top, total)
                     return acc, p, top, total
@@ -293,10 +288,10 @@ def _attend(
                     plgpu.barrier_wait(turn.at[wg])
                     if interpret:
                         acc = _dot(acc, p, values, interpret)
-                        s = pl.run_scoped(lambda s: (scores(s, i), s[...])[1], plgpu.ACC((ROWS, keys)))
+                        s = pl.run_scoped(lambda s: (scores(s, i), s[...])[1], ACC((ROWS, keys)))
                     else:
                         zero = plgpu.layout_cast(jnp.zeros((ROWS, keys), jnp.float32), WGMMA)
-                        acc, s = pl.run_state(products)((plgpu.ACC.init(acc), plgpu.ACC.init(zero)))
+                        acc, s = pl.run_state(products)((ACC.init(acc), ACC.init(zero)))
                     plgpu.barrier_arrive(k_free.at[slot(i)])
                     plgpu.barrier_arrive(v_free.at[slot(i - 1)])
                     p, top, total, decay = softmax(key, s, top, total)
@@ -395,7 +390,7 @@ def _dot(acc: Array, a: Array, b: Any, interpret: bool) -> Array:
         values = b[...]
         plgpu.commit_smem()
         return acc + jnp.dot(a, values, preferred_element_type=acc.dtype)
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(acc))
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(ACC.init(acc))
 
 
 def _tiled(width: int) -> tuple:

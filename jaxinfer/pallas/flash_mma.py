@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache import KVCache
-from jaxinfer.pallas.bounds import combine, part, visit
+from jaxinfer.pallas.bounds import beyond, combine, part, visit
 from jaxinfer.tree import Index
 
 FEW = 8  # tokens of a call up to which a row's keys are split
@@ -84,14 +84,12 @@ def attention_mma(
     Positions of a row ascend, padding first. `hopper` says whether the GPU is of sm_90 or of sm_80 and 89. Up to FEW
     tokens share a tile and their keys are split; more are tiled. The bits of a row depend on what it sees and on the
     blocks, not on the batch, nor on the slots that keys lie in, as long as blocks start at the same positions.
-    Raises NotImplementedError for other types, and for widths and numbers of slots that are no multiples of 16.
+    Raises NotImplementedError for what `beyond` names.
     """
     b, t, kv_heads, group, width = q.shape
     slots = cache.k.shape[3]
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or {cache.k.dtype, cache.v.dtype} != {q.dtype}:
-        raise NotImplementedError(f"attention_mma: {q.dtype=} with {cache.k.dtype=}, not bf16 or f16 alike")
-    if width % 16 or slots % 16:
-        raise NotImplementedError(f"attention_mma: {width=} and {slots=} are not both multiples of 16")
+    if why := beyond(cache, q.dtype):
+        raise NotImplementedError(f"attention_mma: {why}")
     blocks = blocks or blocks_for(width, t * group, slots, kv_heads, split=t <= FEW, hopper=hopper)
     others = WARPS // blocks.warps * 8
     if blocks.rows % (16 * blocks.warps) or blocks.keys % others or width % others or slots % blocks.keys:
