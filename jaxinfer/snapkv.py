@@ -199,43 +199,12 @@ def select(
     slots = scores.shape[-1]
     if not 1 <= keep <= slots:
         raise ValueError(f"{keep=} must be from 1 to the {slots} slots")
-    most = jnp.broadcast_to(jnp.minimum(keep, jnp.asarray(keep if count is None else count)), scores.shape[:-1])
-    # A GPU's top_k sorts all slots. On a CPU counting takes a third longer, and its program ten times as long to make.
-    return lax.platform_dependent(
-        scores, most[..., None], cpu=partial(by_sorting, keep=keep), default=partial(by_counting, keep=keep)
-    )
-
-
-def by_sorting(
-    scores: Float[Array, "*batch S"], most: Int[Array, "*batch 1"], *, keep: int
-) -> Int[Array, "*batch {keep}"]:
-    """What `select` is."""
     top, slot = lax.top_k(scores, keep)
     rank = jnp.arange(keep, dtype=slot.dtype)
-    return jnp.sort(jnp.where((top > -jnp.inf) & (rank < most), slot, scores.shape[-1] + rank))
-
-
-def by_counting(
-    scores: Float[Array, "*batch S"], most: Int[Array, "*batch 1"], *, keep: int
-) -> Int[Array, "*batch {keep}"]:
-    """The same, sorting nothing: the least score that is kept is found bit by bit, counting those that are no less."""
-    slots = scores.shape[-1]
-    bits = lax.bitcast_convert_type(scores, jnp.uint32)
-    order = bits ^ jnp.where(bits >> 31 == 1, jnp.uint32(2**32 - 1), jnp.uint32(2**31))  # ascends as the scores do
-    order = jnp.where(scores > -jnp.inf, order, 0)
-    most = jnp.minimum(most, (order > 0).sum(-1, keepdims=True))
-
-    def decide(i: Array, least: Array) -> Array:
-        higher = least | jnp.uint32(2**31) >> i
-        return jnp.where((order >= higher).sum(-1, keepdims=True) >= most, higher, least)
-
-    least = lax.fori_loop(jnp.uint32(0), jnp.uint32(32), decide, jnp.zeros(most.shape, jnp.uint32))
-    more, equal = order > least, order == least
-    taken = more | (equal & (jnp.cumsum(equal, -1) <= most - more.sum(-1, keepdims=True)))
-    rank = jnp.where(taken, jnp.cumsum(taken, -1) - 1, keep).reshape(-1, slots)
-    lists = jnp.broadcast_to(slots + jnp.arange(keep), (len(rank), keep))
-    lists = lists.at[jnp.arange(len(rank))[:, None], rank].set(jnp.arange(slots), mode="drop")
-    return lists.reshape(*scores.shape[:-1], keep)
+    taken = top > -jnp.inf
+    if count is not None:
+        taken &= rank < count[..., None]
+    return jnp.sort(jnp.where(taken, slot, slots + rank))
 
 
 def compact(cache: KVCache, keep: Int[Array, "R B L n"], room: int) -> KVCache:

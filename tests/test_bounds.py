@@ -13,24 +13,24 @@ EMPTY, BLOCK = -1, 4
 Tile = tuple[list[int], list[int], int]  # positions of its queries, those in the slots, the shift
 
 
-def stored(slots: int, end: int, shift: int = 0) -> list[int]:
+def stored(slots: int, end: int) -> list[int]:
     """The positions in a ring, which may never wrap, after so many tokens."""
     held = [EMPTY] * slots
     for p in range(max(end - slots, 0), end):
-        held[(p - shift) % slots] = p
+        held[p % slots] = p
     return held
 
 
-def tiles(slots: int, chunk: int, ends: range, shift: int = 0) -> list[Tile]:
+def tiles(slots: int, chunk: int, ends: range) -> list[Tile]:
     """All tiles of up to `chunk` consecutive queries, and some with padding before them, of the last chunk."""
     found: list[Tile] = []
     for end in ends:
-        held = stored(slots, end, shift)
+        held = stored(slots, end)
         for stop in range(max(end - chunk, 0) + 1, end + 1):
             for start in range(max(end - chunk, 0), stop):
-                found.append(([*range(start, stop)], held, shift))
-            found.append(([EMPTY, *range(max(end - chunk, 0), stop)], held, shift))
-    return [*found, ([EMPTY] * 3, stored(slots, 1, shift), shift)]
+                found.append(([*range(start, stop)], held, 0))
+            found.append(([EMPTY, *range(max(end - chunk, 0), stop)], held, 0))
+    return [*found, ([EMPTY] * 3, stored(slots, 1), 0)]
 
 
 def evicted() -> list[Tile]:
@@ -61,11 +61,12 @@ def visits(cases: list[Tile], gaps: bool, **options: Any) -> list[Visit]:
 CASES = {  # tiles, whether the shift is passed, window, aligned
     "full": (tiles(32, 9, range(1, 33)), False, None, False),
     "full, window": (tiles(32, 9, range(1, 33)), False, 10, False),
+    "full, wide window": (tiles(32, 9, range(1, 33)), False, 30, False),
     "full, aligned": (tiles(32, 9, range(1, 33)), False, 6, True),
     "ring": (tiles(20, 7, range(1, 45)), False, 10, False),  # window + chunk - 1 in whole blocks, and one to spare
     "ring, window of a block": (tiles(16, 8, range(1, 37)), False, 4, False),
     "ring, aligned": (tiles(20, 7, range(1, 45)), False, 10, True),
-    "ring, shift": (tiles(20, 7, range(1, 45), shift=3), True, 10, False),
+    "ring, empty slots": (tiles(20, 7, range(1, 45)), True, 10, False),
     "evicted": (evicted(), True, None, False),
 }
 

@@ -203,7 +203,7 @@ def test_what_the_kernel_does_not_cover_is_refused():
     q, cache = normal(1, 1, 1, 1, 64), cached(full(64, 9), 1, 64)
     with pytest.raises(NotImplementedError, match="float32"):
         call(q.astype(jnp.float32), cache)
-    with pytest.raises(NotImplementedError, match="not bf16 or f16 alike"):
+    with pytest.raises(NotImplementedError, match="are not alike bfloat16 or float16"):
         call(q.astype(jnp.float16), cache)
     with pytest.raises(NotImplementedError, match="attention_mma: width=72"):
         call(normal(1, 1, 1, 1, 72), cached(full(64, 9), 1, 72))

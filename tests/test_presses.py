@@ -28,7 +28,7 @@ from jaxinfer.presses import (
     StreamingLLM,
     Votes,
 )
-from jaxinfer.snapkv import by_counting, by_sorting, compact, select
+from jaxinfer.snapkv import compact, select
 
 DATA = Path(__file__).parent / "data" / "presses"
 ENTRIES = [
@@ -41,7 +41,6 @@ score = jax.jit(lambda press, *inputs: press(*inputs), static_argnums=0)
 expected_scores = jax.jit(presses.expected_scores, static_argnames="first")
 one_list = jax.jit(presses.one_list, static_argnames="recent")
 select_jit = jax.jit(select, static_argnames="keep")
-by_counting_jit = jax.jit(by_counting, static_argnames="keep")
 attend = jax.jit(attention_reference, static_argnames="scale")
 compact_jit = jax.jit(compact, static_argnames="room")
 
@@ -275,8 +274,6 @@ def test_select(rows: list[list[float]], keep: int, count: int | None):
     """The best by score, then by slot; ascending; numbers that name no slot at the end."""
     scores = np.array(rows, np.float32).reshape(2, 2, 7)
     got = np.asarray(select_jit(jnp.asarray(scores), keep, None if count is None else jnp.full((2, 1), count)))
-    most = jnp.full((2, 2, 1), keep if count is None else min(keep, count))
-    np.testing.assert_array_equal(by_counting_jit(jnp.asarray(scores), most, keep=keep), got)
     assert got.shape == (2, 2, keep)
     assert (np.diff(got) > 0).all()
     for index in np.ndindex(2, 2):
@@ -284,24 +281,6 @@ def test_select(rows: list[list[float]], keep: int, count: int | None):
         want = sorted(slot for _, slot in order[: keep if count is None else min(keep, count)])
         assert got[index][: len(want)].tolist() == want
         assert (got[index][len(want) :] >= 7).all()
-
-
-@pytest.mark.parametrize("way", [by_sorting, by_counting])
-def test_both_ways_to_select(way):
-    """Scores of all sizes, ties where the last are taken; each row its own count, fewer where a row has no more."""
-    rng = np.random.default_rng(2)
-    scores = (rng.normal(size=(6, 3000)) * 10.0 ** rng.integers(-30, 30, (6, 3000))).astype(np.float32)
-    scores[1] = np.maximum(scores[1], 0)  # half are zeros
-    scores[2] = np.where(np.arange(3000) < 700, scores[2], -np.inf)
-    scores[3] = -np.abs(scores[3])
-    scores[4, ::2] = np.inf
-    count = np.array([1000, 1000, 1000, 1, 1000, 0])
-    got = np.asarray(jax.jit(partial(way, keep=1000))(jnp.asarray(scores), jnp.asarray(count)[:, None]))
-    assert (np.diff(got) > 0).all()
-    for row, score, n in zip(got, scores, count, strict=True):
-        want = np.sort(np.argsort(-score, kind="stable")[: min(n, (score > -np.inf).sum())])
-        np.testing.assert_array_equal(row[: len(want)], want)
-        np.testing.assert_array_equal(row[len(want) :], 3000 + np.arange(len(want), 1000))
 
 
 @pytest.mark.parametrize("keep", [0, 8])

@@ -16,8 +16,8 @@ def beyond(cache: KVCache, dtype: DTypeLike) -> str | None:
     *_, slots, width = cache.k.shape
     if dtype not in (jnp.bfloat16, jnp.float16) or {cache.k.dtype, cache.v.dtype} != {jnp.dtype(dtype)}:
         return f"queries of {jnp.dtype(dtype)} and a cache of {cache.k.dtype} are not alike bfloat16 or float16"
-    if width % 16 or width > 512:
-        return f"heads of {width} are no multiple of 16 up to 512"
+    if width % (16 if width <= 256 else 32) or width > 512:
+        return f"heads of {width} are no multiple of 16 up to 256, nor of 32 up to 512"
     return f"{slots} slots are no multiple of 16" if slots % 16 else None
 
 
@@ -59,7 +59,10 @@ def visit(
         return jnp.maximum(p // window * window if aligned else p - window + 1, 0)
 
     gone = 0 if shift is None else shift
-    lo = 0 if window is None else seen_from(jnp.maximum(oldest, 0))
+    lo = 0
+    if window is not None:  # padding hides the oldest: then all that a ring holds, but for its spare block
+        lo = jnp.where(newest < slots, 0, newest + 1 - (slots - block))
+        lo = jnp.where(oldest < 0, lo, seen_from(oldest))
     if window is None:  # a full cache never wraps, and what eviction kept lies from slot 0 on
         start, first, count = 0, 0, (newest - gone) // block + 1
     else:

@@ -22,7 +22,7 @@ from jaxinfer.tree import Index
 
 ROWS = 64  # of a warpgroup's product
 COMPUTING = 2  # warpgroups
-REGISTERS = 40, 232  # of the copying and the computing warpgroups' threads: together 40 + 2 * 232 <= 3 * 168
+REGISTERS = 24, 240  # of the copying and the computing warpgroups' threads: together 24 + 2 * 240 <= 3 * 168
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # a softmax's maximum before any key: finite, so that no weight is nan
 SHARED = 226 * 1024  # bytes of a multiprocessor's shared memory, less what barriers take
@@ -56,6 +56,8 @@ def blocks_for(width: int, slots: int) -> Blocks:
     return Blocks(keys=math.gcd(slots, keys), halves=1 if width <= 256 else 2)
 
 
+# A program of many layers holds few of these functions: each is traced, and its kernel compiled, once.
+@partial(jax.jit, static_argnames=("scale", "window", "aligned", "softcap", "blocks", "skip", "interpret"))
 def flash_attention(
     q: Float[Array, "B T K G H"],
     cache: KVCache,
@@ -90,7 +92,7 @@ def flash_attention(
     tokens = blocks.rows // heads
     before = ((0, 0), (-t % tokens, 0))
     x = jnp.pad(q.reshape(b, t, kv_heads * group, width), (*before, (0, 0), (0, 0)))
-    at = jnp.pad(pos, before, constant_values=-1).reshape(b, -1, 1, tokens)
+    at = jnp.pad(pos, before, mode="edge").reshape(b, -1, 1, tokens)
     at = jnp.repeat(at, heads, axis=2).reshape(b, at.shape[1], COMPUTING // blocks.halves, ROWS)
     tops = None
     if sinks is not None:
@@ -188,13 +190,11 @@ def _attend(
                 tile = tile_of(step)
                 stack = (layer_gmem[0] * b + tile.row) * kv_heads + kv_head(tile)
 
-                @pl.when(tile.seen.count > 0)
-                def queries() -> None:
-                    plgpu.barrier_wait(q_free)
-                    for first in range(0, blocks.rows, run):
-                        for half in range(halves):
-                            here = q_smem.at[first // ROWS, half, pl.ds(first % ROWS, run)]
-                            plgpu.copy_gmem_to_smem(tokens_of(q_gmem, tile, first, half), here, q_full)
+                plgpu.barrier_wait(q_free)
+                for first in range(0, blocks.rows, run):
+                    for half in range(halves):
+                        here = q_smem.at[first // ROWS, half, pl.ds(first % ROWS, run)]
+                        plgpu.copy_gmem_to_smem(tokens_of(q_gmem, tile, first, half), here, q_full)
 
                 def block(i: Array, _: None) -> None:
                     slot = lax.rem(done + i, stages)
@@ -251,6 +251,13 @@ def _attend(
                         plgpu.wgmma(s, q_smem.at[my_rows, half], k_smem.at[slot(i), half].T)
                     plgpu.barrier_arrive(turn.at[1 - wg])
 
+                def eighths(p: Array) -> Array:
+                    """Sums of a row over every eighth column: those of one thread. Others join at the end."""
+                    return sum(
+                        (lax.slice(p, (0, i), (ROWS, i + 8)) for i in range(8, keys, 8)),
+                        lax.slice(p, (0, 0), (ROWS, 8)),
+                    )
+
                 def softmax(key: Array | None, s: Array, top: Array, total: Array) -> tuple[Array, Array, Array, Array]:
                     if softcap is not None:  # tanh x = 1 - 2 / (1 + exp 2x): tanh itself is an approximation to 11 bits
                         s = softcap - 2 * softcap / (1 + jnp.exp2(s * (2 * LOG2E * scale / softcap)))
@@ -259,12 +266,11 @@ def _attend(
                         s = jnp.where((key <= across(tile.pos, s)) & (key >= across(least, s)), s, -jnp.inf)
                     new = jnp.maximum(top, s.max(axis=1) * factor)
                     decay, p = jnp.exp2(top - new), jnp.exp2(s * factor - across(new, s))
-                    return p.astype(q.dtype), new, total * decay + p.sum(axis=1), decay
+                    return p.astype(q.dtype), new, total * across(decay, total) + eighths(p), decay
 
                 def first_block(carry: tuple) -> tuple:
                     acc, p, top, total = carry
                     key = positions(0)
-                    plgpu.barrier_wait(q_full)
                     plgpu.barrier_wait(k_full.at[slot(0)])
                     plgpu.barrier_wait(turn.at[wg])
                     s = pl.run_scoped(lambda s: (scores(s, 0), s[...])[1], ACC((ROWS, keys)))
@@ -299,31 +305,33 @@ def _attend(
 
                 def last_values(carry: tuple) -> tuple:
                     acc, p, top, total = carry
-                    if own_smem is not None:
-                        plgpu.barrier_arrive(q_free)
                     plgpu.barrier_wait(v_full.at[slot(stop - 1)])
                     acc = _dot(acc, p, v_smem.at[slot(stop - 1), my_half], interpret)
                     plgpu.barrier_arrive(v_free.at[slot(stop - 1)])
                     return acc, p, top, total
 
-                top, total = (plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW) for x in (LOWEST, 0))
+                top = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), ROW)
+                total = plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), WGMMA)
                 if tops_gmem is not None:
                     top = plgpu.load(tops_gmem.at[tile.heads, my_rows], layout=ROW, optimized=False)
-                    total = jnp.ones_like(total)
+                    total += 1 / 8
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, half_width), jnp.float32), WGMMA)
                 carry = acc, plgpu.layout_cast(jnp.zeros((ROWS, keys), q.dtype), WGMMA), top, total
                 plain = jnp.clip(tile.seen.plain, some, stop)
                 edge = jnp.clip(tile.seen.edge, plain, stop)
+                plgpu.barrier_wait(q_full)
                 carry = lax.fori_loop(0, some, lambda _, carry: first_block(carry), carry)
                 for masked, lo, hi in ((True, some, plain), (False, plain, edge), (True, edge, stop)):
                     carry = lax.fori_loop(lo, hi, partial(block, masked), carry)
+                if own_smem is not None:
+                    plgpu.barrier_arrive(q_free)
                 following = look(step + 1) if ahead else None  # loads while this tile ends
                 acc, _, _, total = lax.fori_loop(0, some, lambda _, carry: last_values(carry), carry)
 
                 if halves > 1:
                     plgpu.barrier_arrive(met)
                     plgpu.barrier_wait(met)  # both have read all queries, where the outputs now go
-                inverse = 1 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+                inverse = 1 / jnp.maximum(total.sum(axis=1), jnp.finfo(jnp.float32).tiny)
                 o_smem[my_rows, my_half] = (acc * across(inverse, acc)).astype(q.dtype)
                 plgpu.commit_smem()
                 for first in range(0, blocks.rows, run):
@@ -335,7 +343,7 @@ def _attend(
                     pl.when((sets == 1) | (wg == first // ROWS))(store)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # before the next tile's outputs, or queries
                 if own_smem is None:
-                    pl.when(stop > 0)(lambda: plgpu.barrier_arrive(q_free))
+                    plgpu.barrier_arrive(q_free)
                 return done + stop, following
 
             ahead = half_width <= 128  # or its registers would be spilled

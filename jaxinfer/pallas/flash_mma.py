@@ -5,6 +5,7 @@ Decoding and verifying split a row's keys (arXiv:2307.08691, section 3.1, over C
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,6 +64,7 @@ def blocks_for(width: int, rows: int, slots: int, kv_heads: int, *, split: bool,
     )
 
 
+@partial(jax.jit, static_argnames=("scale", "window", "aligned", "softcap", "blocks", "skip", "hopper", "interpret"))
 def attention_mma(
     q: Float[Array, "B T K G H"],
     cache: KVCache,
