@@ -253,10 +253,8 @@ def _attend(
 
                 def eighths(p: Array) -> Array:
                     """Sums of a row over every eighth column: those of one thread. Others join at the end."""
-                    return sum(
-                        (lax.slice(p, (0, i), (ROWS, i + 8)) for i in range(8, keys, 8)),
-                        lax.slice(p, (0, 0), (ROWS, 8)),
-                    )
+                    parts = [lax.slice(p, (0, i), (ROWS, i + 8)) for i in range(0, keys, 8)]
+                    return sum(parts[1:], parts[0])
 
                 def softmax(key: Array | None, s: Array, top: Array, total: Array) -> tuple[Array, Array, Array, Array]:
                     if softcap is not None:  # tanh x = 1 - 2 / (1 + exp 2x): tanh itself is an approximation to 11 bits
