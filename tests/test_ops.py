@@ -172,6 +172,18 @@ def test_attention_with_sinks_and_with_windows_of_fixed_place(attention, aligned
     assert not got[~want.any(axis=(2, 3, 4))].any()
 
 
+@every_attention
+def test_attention_with_a_soft_cap(attention):
+    held, q, cap = filled(HELD, 3, 24), normal(3, 4, 3, 2, 24), 0.5
+    got = np.asarray(run(attention, q, held, POS, options=(("softcap", cap),)))
+    k, v = (np.float64(a[1]) for a in (held.k, held.v))
+    for row, t, head, part in np.ndindex(*q.shape[:4]):
+        seen = (HELD[row] >= 0) & (HELD[row] <= POS[row, t])
+        weight = np.exp(cap * np.tanh(0.3 * k[row, head] @ np.float64(q[row, t, head, part]) / cap)) * seen
+        want = weight @ v[row, head] / max(weight.sum(), 1e-300)
+        assert np.abs(got[row, t, head, part] - want).max() <= 1e-6 * np.abs(v).max()  # f32, few terms
+
+
 @pytest.mark.parametrize("attention", [*ATTENTIONS.values(), attention_ops.attention_tiles], ids=[*ATTENTIONS, "tiles"])
 @pytest.mark.parametrize("window", [None, 200])
 def test_attention_of_many_queries_to_many_slots(attention, window):
