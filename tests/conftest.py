@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import settings
 settings.register_profile("untimed", deadline=None)  # a slow machine is no fault
 settings.load_profile("untimed")
 
-KEPT = 40  # tests whose compiled programs a process keeps
+MAPPINGS = Path("/proc/self/maps")  # on Linux
+MOST = 25_000  # of the 65,530 mappings that a process may have, before it crashes; a compiled program takes dozens
 done = count(1)
 
 
 def pytest_runtest_teardown() -> None:
-    """Forgets programs: one takes dozens of memory mappings, and a process crashes that needs more than 65,530."""
-    if next(done) % KEPT == 0:
+    """Forgets compiled programs now and then, for they are the most of a process's mappings."""
+    if next(done) % 20 == 0 and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST:
         jax.clear_caches()
         gc.collect()
 

@@ -74,7 +74,8 @@ def test_reference_operations(prompt):
 
 
 @pytest.mark.usefixtures("quick_compiler")
-@pytest.mark.parametrize("prompt", F32)  # decoding takes expanded weights here: a type of weight makes no difference
+# Decoding takes expanded weights here, so that their type makes no difference; of two prompts the long one is decoded.
+@pytest.mark.parametrize("prompt", [p for p in F32 if p.replace(".base", ".long") not in set(F32) - {p}])
 def test_greedy_tokens(prompt):
     golden, options = goldens.golden(prompt), {"max_tokens": 16, "ignore_eos": True, "ctx": 4096}
     pieces = jaxinfer.stream(*load(prompt, expand=True), golden.tokens, sampler=Sampler.greedy(), **options)
