@@ -51,7 +51,7 @@ class Blocks:
 
 
 def blocks_for(width: int, slots: int) -> Blocks:
-    """The most keys that shared memory holds twice, for an H200: 128 beat 64 by a fifth where both fit."""
+    """The most keys that shared memory holds twice, for an H200: 128 beat 64 by a seventh where both fit."""
     keys = 128 if width <= 128 else 64 if width <= 256 else 32
     return Blocks(keys=math.gcd(slots, keys), halves=1 if width <= 256 else 2)
 
