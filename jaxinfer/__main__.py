@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxinfer import arguments, bench, bench_attention, gguf, hub, memory, needle, presses
+from jaxinfer import arguments, bench, bench_attention, bench_matmul, gguf, hub, memory, needle, presses, timing
 from jaxinfer.arguments import AUTO, Given
 from jaxinfer.explain import explain, lines
 from jaxinfer.generate import GPU_CHUNK, Prompt, Stats, default_chunk, device_of, encode, stream
@@ -111,27 +111,38 @@ def run_bench(given: Given, terminal: Terminal) -> None:
 
 
 def run_bench_attention(given: Given, terminal: Terminal) -> None:
-    dtype = given.get("dtype", "bfloat16" if jax.devices()[0].platform == "gpu" else "float32")
     names = "shapes", "works", "lengths", "tokens", "batch", "chunk"
-    cases = bench_attention.cases(dtype=dtype, **_pick(given, *names))
-    backends = bench_attention.choose(given.get("backends", list(bench_attention.BACKENDS)))
+    rows = _time(bench_attention.BENCHMARK, given, terminal, *names)
+    if "plot" in given:
+        bench_attention.plot(rows, given["plot"])
+
+
+def run_bench_matmul(given: Given, terminal: Terminal) -> None:
+    _time(bench_matmul.BENCHMARK, given, terminal, "formats", "shapes", "rows")
+
+
+def _time(benchmark: timing.Benchmark, given: Given, terminal: Terminal, *names: str) -> list[timing.Row]:
+    """Prints what a benchmark finds in the cases that these arguments choose, as it comes, and returns it."""
+    dtype = given.get("dtype", "bfloat16" if jax.devices()[0].platform == "gpu" else "float32")
+    cases = benchmark.cases(dtype=dtype, **_pick(given, *names))
+    backends = benchmark.choose(given.get("backends", list(benchmark.backends)))
     options = {"samples": given["repetitions"]} if "repetitions" in given else {}
+    compiling = given.get("compile", False)
     terminal.busy("measuring ceilings")
-    ceiling = bench_attention.ceilings(dtype, **options)
-    rows = bench_attention.measure(cases, backends, ceiling, busy=terminal.busy, **options)
+    ceiling = timing.ceilings(dtype, **options)
+    rows = timing.measure(benchmark, cases, backends, ceiling, busy=terminal.busy, compiling=compiling, **options)
     if "csv" in given:
-        rows = bench_attention.recorded(rows, given["csv"])
+        rows = timing.recorded(rows, given["csv"])
     found = []
 
-    def kept() -> Iterator[bench_attention.Row]:
+    def kept() -> Iterator[timing.Row]:
         for one in rows:
             found.append(one)
             yield one
 
-    for line in bench_attention.table(kept(), ceiling):
+    for line in timing.table(benchmark, kept(), ceiling, compiling=compiling):
         print(line, flush=True)
-    if "plot" in given:
-        bench_attention.plot(found, given["plot"])
+    return found
 
 
 def run_perplexity(given: Given, terminal: Terminal) -> None:
@@ -211,6 +222,7 @@ RUN = {
     "chat": run_chat,
     "bench": run_bench,
     "bench attention": run_bench_attention,
+    "bench matmul": run_bench_matmul,
     "perplexity": run_perplexity,
     "eval needle": run_needle,
     "info": run_info,
@@ -252,6 +264,8 @@ def _configure(given: Given) -> str:
         if found != device:
             raise ValueError(f"--device {device}: JAX runs on the {found}; a GPU needs jaxinfer[cuda12] or [cuda13]")
     cache = given.get("compile_cache", str(Path.home() / ".cache" / "jaxinfer" / "xla"))
+    if given.get("compile"):  # is timed, and would be a look into the cache
+        cache = ""
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

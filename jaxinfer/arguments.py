@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn
 
-from jaxinfer import bench, bench_attention, config, hub, needle
+from jaxinfer import bench, bench_attention, bench_matmul, config, hub, needle
 from jaxinfer.presses import PRESSES
 
 DTYPES = ("float32", "bfloat16")
@@ -172,6 +172,11 @@ BENCH = (
     Option("-r --repetitions", int, "runs of each test, after one that does not count"),
     Option("-o --output", str, "form of the table", {"choices": bench.FORMS}),
 )
+TIMED = (
+    Option("-r --repetitions", int, "samples of each, after those that do not count"),
+    Option("--compile", bool, "also time lowering and compiling, without the compilation cache"),
+    Option("--csv", str, "file for all figures", {"metavar": "FILE"}),
+)
 ATTENTION = (
     Option(
         "--shapes",
@@ -185,9 +190,20 @@ ATTENTION = (
     Option("--tokens", list, "tokens decoded at once: 1,4", {"type": _numbers}),
     Option("--batch", list, "texts at once: 1,8", {"type": _numbers}),
     Option("--backends", list, f"what computes it: {','.join(bench_attention.BACKENDS)}", {"type": _names}),
-    Option("-r --repetitions", int, "samples of each, after those that do not count"),
-    Option("--csv", str, "file for all figures", {"metavar": "FILE"}),
+    *TIMED,
     Option("--plot", str, "file for a picture of speeds; needs jaxinfer[plot]", {"metavar": "FILE"}),
+)
+MATMUL = (
+    Option("--formats", list, f"of weights: {','.join(bench_matmul.KINDS)}; by default all", {"type": _names}),
+    Option(
+        "--shapes",
+        list,
+        f"of weights: {','.join(bench_matmul.SHAPES)}, by default all, or OUTxIN such as 12288x4096",
+        {"type": _names},
+    ),
+    Option("--rows", list, f"of activations; by default {','.join(map(str, bench_matmul.ROWS))}", {"type": _numbers}),
+    Option("--backends", list, f"what computes it: {','.join(bench_matmul.BACKENDS)}", {"type": _names}),
+    *TIMED,
 )
 
 
@@ -223,6 +239,7 @@ COMMANDS = {
     "prefill": Command("reads a prompt into a session's file, for questions to come", (*RUN, *TEXT, TEMPLATE, SAVE)),
     "bench": Command("measures speed, as llama-bench does", (*LOAD, *BENCH)),
     "bench attention": Command("measures attention alone, ours and others'", (*PROCESS, DTYPE, *ATTENTION)),
+    "bench matmul": Command("measures products with packed weights alone", (*PROCESS, DTYPE, *MATMUL)),
     "perplexity": Command("scores a text, as llama-perplexity does", (*LOAD, DTYPE, CHUNK, CTX, *EVICT, *TEXT)),
     "eval needle": Command(
         "asks for a sentence hidden in long texts, by what is evicted", (*LOAD, DTYPE, CHUNK, *NEEDLE)

@@ -1,34 +1,28 @@
 """Attention alone, on caches as models have them: our kernels beside those of others.
 
-Each backend computes a case once, and the last of its queries are checked in float32. A wrong one is shown with its
-error and not timed. The published benchmark of this kind: https://github.com/pytorch/executorch/pull/20198
+Of each case the last queries are checked, in float32. The published benchmark of this kind:
+https://github.com/pytorch/executorch/pull/20198
 """
 
-import csv
 import importlib
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache, partial
-from importlib.metadata import version
+from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from jaxinfer import memory
 from jaxinfer.cache import KVCache, empty
 from jaxinfer.engine import slots_for
 from jaxinfer.ops import default_ops
 from jaxinfer.ops.attention import attention_tiles
+from jaxinfer.timing import UNITS, Backend, Benchmark, Bound, Calls, Ceilings, Row, never, normal, of_jax, relative
 from jaxinfer.tree import Device
 
 WORKS = ("prefill", "chunk", "decode")
@@ -38,10 +32,6 @@ CHECKED = 128  # queries compared, the last ones: their scores fit at any length
 # Relative L2 errors. Of 16 bits: several times what it is to round weights and results to bfloat16, 2 to 3e-3; two keys
 # too many in a window of 1024 are 4e-2. Of float32: sums over 100,000 keys.
 TOLERANCE = {"bfloat16": 2**-6, "float16": 2**-6, "float32": 1e-5}
-SHORT_S, SHORT_CALLS = 1e-3, 256  # calls that are shorter are made so many at a time, in one program
-KEPT = 16  # of their results
-SAMPLE_S = 0.1  # of many calls
-SLOW_S = 2.0  # a call that is longer is timed once
 
 
 class Shape(NamedTuple):
@@ -92,6 +82,17 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         tokens = f" {self.tokens}" if self.work == "chunk" or (self.work == "decode" and self.tokens > 1) else ""
         return f"{self.work}{tokens}" + (f" x {self.batch}" if self.batch > 1 else "")
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return self.shape.name, str(self), str(self.length)
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.dtype]
+
+    def bound(self, _: Ceilings) -> tuple[Bound, int]:
+        return ("bytes", self.kv_bytes) if self.work == "decode" else ("flops", self.flops)
 
     @property
     def window(self) -> int | None:
@@ -182,11 +183,6 @@ def _take(stack: Array, slots: Array) -> Array:
     return stack[LAYER][:, :, slots]
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _random(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    return jax.random.normal(key, shape).astype(dtype)
-
-
 def inputs(case: Case) -> Inputs:
     """Random ones, in a full cache or in the ring of a window, as calls of so many tokens would have left it."""
     _, heads, kv_heads, width, window = case.shape
@@ -194,7 +190,7 @@ def inputs(case: Case) -> Inputs:
     made = partial(empty, REPEATS, case.batch, kv_heads, slots_for(case.length), width, case.dtype, **kinds)
     cache: KVCache = jax.eval_shape(made)
     q, k, v = (
-        _random(key, shape, case.dtype)
+        normal(key, shape, case.dtype)
         for key, shape in zip(
             jax.random.split(jax.random.key(0), 3),
             ((case.batch, case.tokens, kv_heads, heads // kv_heads, width), cache.k.shape, cache.v.shape),
@@ -231,50 +227,19 @@ def expected(given: Inputs) -> Float[Array, "B T K G H"]:
     return attend(given.q[:, -CHECKED:], given.cache, given.pos[0, -CHECKED:])
 
 
-class Attend(NamedTuple):
-    """A backend made ready for a case."""
-
-    output: Callable[[], Array]  # [B, T, K, G, H], or K and G as one
-    repeat: Callable[[int], Callable[[], Any]]  # what puts so many calls in flight
-    wait: Callable[[Any], Any] = jax.block_until_ready
-
-
-class Backend(NamedTuple):
-    name: str
-    missing: Callable[[Device], str | None]  # why it cannot run on a device
-    make: Callable[[Inputs], Attend]  # raises NotImplementedError for a case that it does not cover
+def prepare(case: Case) -> tuple[Inputs, Callable[[Array], float]]:
+    """A case's arrays, and what gives the error of a result."""
+    given = inputs(case)
+    wanted = expected(given)
+    return given, lambda o: relative(o[:, -CHECKED:].reshape(wanted.shape), wanted)
 
 
-def _of_jax(attend: Callable[..., Array], varied: Any, *operands: Any) -> Attend:
-    """Of a function of arrays; `varied` is what changes from layer to layer, such as the queries."""
-    attend = jax.jit(attend)  # traced and lowered once, however often a program calls it
-
-    @cache
-    def repeat(calls: int) -> Callable[[], Any]:
-        kept = math.gcd(calls, KEPT)
-
-        @jax.jit
-        def run(varied: Any, *operands: Any) -> Any:
-            def step(_: Any, carry: tuple[Any, list[Array]]) -> tuple[Any, list[Array]]:
-                # All results are kept, or the compiler would drop their calls; with the barrier a call waits for the
-                # one before and is another one, or it would make them one.
-                (varied, _), found = carry, []
-                for _ in range(kept):
-                    varied, o = lax.optimization_barrier((varied, attend(varied, *operands)))
-                    found.append(o)
-                return varied, found
-
-            if calls == kept:
-                return step(0, (varied, []))[1]
-            o = jax.eval_shape(attend, varied, *operands)
-            return lax.fori_loop(0, calls // kept, step, (varied, [jnp.zeros(o.shape, o.dtype)] * kept))[1]
-
-        return partial(run, varied, *operands)
-
-    return Attend(lambda: repeat(1)()[0], repeat)
+def _of(attend: Callable[..., Array], varied: Any, *operands: Any) -> Calls:
+    """Of attend(varied, *operands): all calls read the same entry of a stack."""
+    return of_jax(lambda varied, operands, _: attend(varied, *operands), varied, [operands])
 
 
-def _over_cache(attention: Callable[..., Array], given: Inputs, **options: Any) -> Attend:
+def _over_cache(attention: Callable[..., Array], given: Inputs, **options: Any) -> Calls:
     """Of one with the signature of `attention_reference`; the entry of the stack is data, as in a loop over layers."""
     options |= {"scale": given.scale, "window": given.case.shape.window}
 
@@ -282,20 +247,20 @@ def _over_cache(attention: Callable[..., Array], given: Inputs, **options: Any) 
         q, layer = varied
         return attention(q, cache, layer, pos, **options)
 
-    return _of_jax(attend, (given.q, jnp.int32(LAYER)), given.cache, given.pos)
+    return _of(attend, (given.q, jnp.int32(LAYER)), given.cache, given.pos)
 
 
-def _default(given: Inputs) -> Attend:
+def _default(given: Inputs) -> Calls:
     return _over_cache(default_ops(jax.devices()[0], jnp.dtype(given.case.dtype)).attention, given)
 
 
-def _portable(given: Inputs) -> Attend:
+def _portable(given: Inputs) -> Calls:
     from jaxinfer.pallas.flash_mma import attention_mma
 
     return _over_cache(attention_mma, given, hopper=float(jax.devices()[0].compute_capability) >= 9)
 
 
-def _whole(given: Inputs) -> Attend:
+def _whole(given: Inputs) -> Calls:
     from jaxinfer.pallas.flash import flash_attention
 
     if given.case.work == "decode":
@@ -303,7 +268,7 @@ def _whole(given: Inputs) -> Attend:
     return _over_cache(flash_attention, given, skip=False)
 
 
-def _unsplit(given: Inputs) -> Attend:
+def _unsplit(given: Inputs) -> Calls:
     from jaxinfer.pallas.flash import flash_attention
 
     if given.case.work != "decode":
@@ -311,7 +276,7 @@ def _unsplit(given: Inputs) -> Attend:
     return _over_cache(flash_attention, given)
 
 
-def _cudnn(given: Inputs) -> Attend:
+def _cudnn(given: Inputs) -> Calls:
     """A whole text is plain causal attention; for a later chunk its mask is a bias."""
     case, bias = given.case, None
     attend = partial(jax.nn.dot_product_attention, scale=given.scale, implementation="cudnn")
@@ -321,10 +286,10 @@ def _cudnn(given: Inputs) -> Attend:
         bias = jnp.where(given.seen(), 0.0, -jnp.inf).astype(case.dtype)[None, None]
     q = given.q.reshape(case.batch, case.tokens, case.shape.heads, case.shape.width)
     k, v = (a.swapaxes(1, 2) for a in given.in_order())
-    return _of_jax(attend, q, k, v, bias)
+    return _of(attend, q, k, v, bias)
 
 
-def _example(given: Inputs) -> Attend:
+def _example(given: Inputs) -> Calls:
     """It knows no scale and float16 alone: queries are scaled before, and all is cast, outside of what is timed."""
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
@@ -337,10 +302,10 @@ def _example(given: Inputs) -> Attend:
     q = given.q.reshape(case.batch, case.tokens, case.shape.heads, case.shape.width)
     k, v = (a.swapaxes(1, 2).astype(half) for a in given.in_order())
     q = (q.astype(jnp.float32) * given.scale).astype(half)
-    return _of_jax(lambda q, k, v: attention_mgpu.attention(q, k, v, config), q, k, v)
+    return _of(lambda q, k, v: attention_mgpu.attention(q, k, v, config), q, k, v)
 
 
-def _torch(given: Inputs, name: str) -> Attend:
+def _torch(given: Inputs, name: str) -> Calls:
     """PyTorch's, on the same memory, its calls in a CUDA graph: launched one by one, the short ones would wait."""
     import torch  # pyright: ignore[reportMissingImports] (optional)
     from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
@@ -381,11 +346,7 @@ def _torch(given: Inputs, name: str) -> Attend:
                 attend()
         return graph.replay
 
-    return Attend(output, repeat, wait)
-
-
-def _never(_: Device) -> None:
-    return None
+    return Calls(output, repeat, wait)
 
 
 def _no_gpu(device: Device) -> str | None:
@@ -415,11 +376,11 @@ def _no_module(name: str) -> str | None:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("jaxinfer", _never, _default),
+        Backend("jaxinfer", never, _default),
         Backend("jaxinfer-no-skip", _no_gpu, _whole),
         Backend("jaxinfer-unsplit", _no_gpu, _unsplit),
         Backend("jaxinfer-mma", _no_gpu, _portable),
-        Backend("reference", _never, partial(_over_cache, attention_tiles)),
+        Backend("reference", never, partial(_over_cache, attention_tiles)),
         Backend("cudnn", _no_gpu, _cudnn),
         Backend("pallas-example", _no_example, _example),
         Backend(
@@ -430,180 +391,8 @@ BACKENDS = {
 }
 
 
-class Ceilings(NamedTuple):
-    """What a device reaches in the two works that attention is made of."""
-
-    flops: float  # a second, in a product of two matrices
-    bytes: float  # a second, of a matrix that is read to be multiplied by a vector: XLA's copies are slower
-
-
-def ceilings(dtype: str, *, samples: int = 6) -> Ceilings:
-    """Measured on the default device, with the timer of attention."""
-    gpu = jax.devices()[0].platform == "gpu"
-    width, rows = (8192, 2**16) if gpu else (512, 2**12)
-    x, w = (_random(jax.random.key(i), (n, width), dtype) for i, n in enumerate((width, rows)))
-
-    def read(varied: tuple[Array, Array]) -> Array:
-        x, w = varied
-        return (w.astype(jnp.float32) * x).sum(1)
-
-    product_s = median(seconds(_of_jax(jnp.matmul, x, x), samples))
-    read_s = median(seconds(_of_jax(read, (x[0], w)), samples))
-    return Ceilings(2 * width**3 / product_s, w.nbytes / read_s)
-
-
-def seconds(attend: Attend, samples: int = 6) -> list[float]:
-    """Seconds of a call, in each of some samples that take about SAMPLE_S; one of a call that takes SLOW_S.
-
-    All calls of a sample are in flight at once: to wait for each would cost an H200 0.4 ms a call.
-    """
-
-    if samples < 1:
-        raise ValueError(f"{samples=} must be at least 1")
-
-    def took(run: Callable[[], Any], times: int = 1) -> float:
-        began, out = time.perf_counter(), None
-        for _ in range(times):
-            out = run()
-        attend.wait(out)
-        return time.perf_counter() - began
-
-    run, calls = attend.repeat(1), 1
-    took(run)
-    one = took(run)
-    if one > SLOW_S:
-        return [one]
-    if one < SHORT_S:
-        run, calls = attend.repeat(SHORT_CALLS), SHORT_CALLS
-        took(run)
-    times = max(1, math.ceil(SAMPLE_S / took(run)))
-    took(run, times)
-    return [took(run, times) / (times * calls) for _ in range(samples)]
-
-
-class Row(NamedTuple):
-    """What a backend did in a case; nothing was timed where a note says why not."""
-
-    case: Case
-    backend: str
-    error: float | None = None  # relative, in the L2 norm
-    mean_us: float | None = None
-    stddev_us: float | None = None
-    median_us: float | None = None
-    rate: float | None = None  # of the median: FLOP/s, of decoding bytes/s of keys and values
-    share: float | None = None  # of the ceiling
-    note: str = ""
-
-
-def choose(names: Sequence[str]) -> list[Backend]:
-    if wrong := [name for name in names if name not in BACKENDS]:
-        raise ValueError(f"{wrong} are no backends; known are {', '.join(BACKENDS)}")
-    return [BACKENDS[name] for name in names]
-
-
-def measure(
-    cases: Iterable[Case],
-    backends: Sequence[Backend],
-    ceiling: Ceilings,
-    *,
-    samples: int = 6,
-    busy: Callable[[str], None] = lambda _: None,
-) -> Iterator[Row]:
-    """A row for each backend in each case, on the default device; `busy` is told what goes on."""
-    device = jax.devices()[0]
-    limit = memory.available_bytes(device)
-    missing = {backend.name: backend.missing(device) for backend in backends}
-    for case in cases:
-        busy(f"{case.shape.name}: {case} of {case.length}")
-        given = wanted = None  # the arrays of the case before
-        if case.need_bytes <= limit:
-            given = inputs(case)
-            wanted = expected(given)
-        for backend in backends:
-            if why := missing[backend.name]:
-                yield Row(case, backend.name, note=f"not available: {why}")
-            elif given is None or wanted is None:
-                need = memory.show(case.need_bytes)
-                yield Row(
-                    case, backend.name, note=f"not run: its arrays need {need}, and there are {memory.show(limit)}"
-                )
-            else:
-                yield Row(case, backend.name, **_result(backend, given, wanted, ceiling, samples))
-
-
-def _result(backend: Backend, given: Inputs, wanted: Array, ceiling: Ceilings, samples: int) -> dict[str, Any]:
-    """What a row says of a backend: it is checked, and timed if it is right."""
-    case = given.case
-    try:
-        attend = backend.make(given)
-        o = attend.output()[:, -CHECKED:].reshape(wanted.shape).astype(jnp.float32)
-        error = float(jnp.linalg.norm(o - wanted) / jnp.linalg.norm(wanted))
-        if not error <= TOLERANCE[case.dtype]:  # nan is wrong too
-            return {"error": error, "note": f"wrong: an error above {TOLERANCE[case.dtype]:.1e}"}
-        took = seconds(attend, samples)
-    except NotImplementedError as error:
-        return {"note": f"not covered: {_line(error)}"}
-    except Exception as error:  # others' code, on shapes that it may never have seen: the others are still of interest
-        return {"note": f"failed: {type(error).__name__}: {_line(error)}"}
-    of, most = (case.kv_bytes, ceiling.bytes) if case.work == "decode" else (case.flops, ceiling.flops)
-    rate = of / median(took)
-    return {
-        "error": error,
-        "mean_us": 1e6 * mean(took),
-        "stddev_us": 1e6 * stdev(took) if len(took) > 1 else 0.0,
-        "median_us": 1e6 * median(took),
-        "rate": rate,
-        "share": rate / most,
-    }
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:120]
-
-
-def table(rows: Iterable[Row], ceiling: Ceilings) -> Iterator[str]:
-    """The lines of a report, as the rows come. What a backend lacks is said once for each shape and work."""
-    widths = {"shape": -18, "work": -10, "tokens": 7, "backend": -16, "error": 8, "µs": 18, "speed": 13, "ceiling": 7}
-
-    def line(*cells: str) -> str:
-        aligned = (c.rjust(w) if w > 0 else c.ljust(-w) for c, w in zip(cells, widths.values(), strict=True))
-        return f"| {' | '.join(aligned)} |"
-
-    yield line(*widths)
-    yield f"| {' | '.join('-' * (abs(w) - (w > 0)) + ':' * (w > 0) for w in widths.values())} |"
-    said = set()
-    for row in rows:
-        about = row.case.shape.name, str(row.case), str(row.case.length), row.backend
-        if row.mean_us is None:
-            what = row.case.shape, str(row.case), row.backend, row.note
-            if what not in said:
-                yield f"{line(*about, _error(row), '', '', '')} {row.note}"
-            said.add(what)
-            continue
-        assert row.stddev_us is not None
-        assert row.rate is not None
-        assert row.share is not None
-        speed = f"{row.rate / 1e9:.1f} GB/s" if row.case.work == "decode" else f"{row.rate / 1e12:.1f} TFLOP/s"
-        took = f"{row.mean_us:.1f} ± {row.stddev_us:.1f}"
-        yield line(*about, _error(row), took, speed, f"{row.share:.1%}")
-    reached = f"{ceiling.flops / 1e12:.1f} TFLOP/s, {ceiling.bytes / 1e9:.1f} GB/s"
-    device = jax.devices()[0].device_kind
-    yield f"\nbuild: jaxinfer {version('jaxinfer')}, jax {version('jax')}; device: {device}; ceilings: {reached}"
-
-
-def _error(row: Row) -> str:
-    return "" if row.error is None else f"{row.error:.1e}"
-
-
-def recorded(rows: Iterable[Row], path: str | Path) -> Iterator[Row]:
-    """Passes rows on, and writes each to a CSV file as it comes."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("shape", *Shape._fields[1:], *Case._fields[1:], *Row._fields[1:]))
-        for row in rows:
-            writer.writerow((*row.case.shape, *row.case[1:], *row[1:]))
-            file.flush()
-            yield row
+COLUMNS = {"shape": -18, "work": -10, "tokens": 7}
+BENCHMARK = Benchmark(COLUMNS, cases, BACKENDS, prepare)
 
 
 def plot(rows: Iterable[Row], path: str | Path) -> None:
@@ -615,10 +404,10 @@ def plot(rows: Iterable[Row], path: str | Path) -> None:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] (optional)
     except ImportError:
         raise ValueError(f"{path}: a plot needs matplotlib: pip install 'jaxinfer[plot]'") from None
-    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    groups: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for row in rows:
         if row.rate:
-            groups.setdefault((row.case.shape.name, str(row.case)), {}).setdefault(row.backend, []).append(row)
+            groups.setdefault(row.case.cells[:-1], {}).setdefault(row.backend, []).append(row)
     if not groups:
         raise ValueError(f"{path}: there is nothing to plot: no backend was timed")
     columns = len({work for _, work in groups})
@@ -626,12 +415,13 @@ def plot(rows: Iterable[Row], path: str | Path) -> None:
     figure = Figure(figsize=(5 * columns, 4 * lines), layout="constrained")
     for i, ((shape, work), backends) in enumerate(groups.items()):
         axes = figure.add_subplot(lines, columns, 1 + i)
-        unit, name = (1e9, "GB/s") if work.startswith("decode") else (1e12, "TFLOP/s")
+        unit, name = UNITS["bytes" if work.startswith("decode") else "flops"]
         axes.set(title=f"{shape}: {work}", xlabel="tokens", ylabel=name, xscale="log")
         for backend, some in backends.items():
             rate = np.array([row.rate or 0 for row in some]) / unit
             deviation = rate * [(row.stddev_us or 0) / (row.mean_us or 1) for row in some]
-            axes.errorbar([row.case.length for row in some], rate, deviation, label=backend, marker="o", capsize=2)
+            lengths = [int(row.case.cells[-1]) for row in some]
+            axes.errorbar(lengths, rate, deviation, label=backend, marker="o", capsize=2)
         axes.set_ylim(bottom=0)
         axes.legend(fontsize="small")
     figure.savefig(path)

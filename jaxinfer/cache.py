@@ -73,8 +73,7 @@ def write(
     A call's positions must be distinct modulo S within a row. Raises ValueError for more tokens than the cache is for.
     """
     slots, tokens = cache.k.shape[3], pos.shape[1]
-    if cache.chunk is not None and tokens > cache.chunk:
-        raise ValueError(f"a call of {tokens} tokens, but this cache was made for {cache.chunk} at a time")
+    check_tokens(cache, tokens)
     # -1 % S would be a live slot, and JAX counts negative indices from the end: pads get indices out of range, each
     # its own so that the indices stay unique.
     dropped = slots + jnp.arange(tokens, dtype=pos.dtype)
@@ -89,6 +88,12 @@ def write(
 
     held = jnp.broadcast_to(pos[..., None], (*pos.shape, cache.pos.shape[2]))
     return replace(cache, k=put(cache.k, k), v=put(cache.v, v), pos=put(cache.pos, held))
+
+
+def check_tokens(cache: KVCache, tokens: int) -> None:
+    """Raises ValueError for more tokens than the cache is for."""
+    if cache.chunk is not None and tokens > cache.chunk:
+        raise ValueError(f"a call of {tokens} tokens, but this cache was made for {cache.chunk} at a time")
 
 
 def capture(cache: KVCache, reader: Index, q: Float[Array, "B T K G H"], pos: Int[Array, "B T"]) -> KVCache:

@@ -1,6 +1,5 @@
 """The pre-norm decoder that most architectures are: x += mixer(norm(x)); x += ffn(norm(x)), layer by layer."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxinfer.layers.moe import MoeParams, MoeSpec, moe
 from jaxinfer.layers.norm import rms_norm
 from jaxinfer.ops import Ops
 from jaxinfer.ops.experts import Activation
+from jaxinfer.ops.matmul import Norm
 from jaxinfer.quants import Weight, dense, rows
 from jaxinfer.tree import Index, pytree, static
 
@@ -101,20 +101,23 @@ def layer(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One layer of either kind: x += mixer(norm(x)); x += ffn(norm(x)), each normed again where it has a post norm."""
     spec: Any = config.mixer(p.kind)
-    mix: Callable[..., Any] = delta if isinstance(spec, DeltaSpec) else attention
-    y, cache = mix(p.mixer, i, rms_norm(x, p.norm[i], config.eps), pos, cache, spec, ops)
-    x = x + (y if p.post_norm is None else rms_norm(y, p.post_norm[i], config.eps))
-    y = feed_forward(p.ffn, i, rms_norm(x, p.ffn_norm[i], config.eps), pos, config, ops)
-    return x + (y if p.ffn_post_norm is None else rms_norm(y, p.ffn_post_norm[i], config.eps)), cache
-
-
-def feed_forward(
-    p: MlpParams | MoeParams, i: Index, x: Float[Array, "B T D"], pos: Int[Array, "B T"], config: Config, ops: Ops
-) -> Float[Array, "B T D"]:
-    if isinstance(p, MlpParams):
-        return mlp(p, i, x, config.activation, ops)
-    assert config.moe is not None
-    return moe(p, i, x, pos, config.moe, ops)
+    norm, before = Norm(p.norm, config.eps), x if p.post_norm is None else None
+    if isinstance(spec, DeltaSpec):
+        assert isinstance(p.mixer, DeltaParams)
+        y, cache = delta(p.mixer, i, rms_norm(x, p.norm[i], config.eps), pos, cache, spec, ops)
+        y = y if before is None else x + y
+    else:
+        assert isinstance(p.mixer, AttentionParams)
+        y, cache = attention(p.mixer, i, x, pos, cache, spec, ops, norm=norm, residual=before)
+    x = y if p.post_norm is None else x + rms_norm(y, p.post_norm[i], config.eps)
+    norm, before = Norm(p.ffn_norm, config.eps), x if p.ffn_post_norm is None else None
+    if isinstance(p.ffn, MlpParams):
+        y = mlp(p.ffn, i, x, config.activation, ops, norm=norm, residual=before)
+    else:
+        assert config.moe is not None
+        y = moe(p.ffn, i, rms_norm(x, p.ffn_norm[i], config.eps), pos, config.moe, ops)
+        y = y if before is None else x + y
+    return y if p.ffn_post_norm is None else x + rms_norm(y, p.ffn_post_norm[i], config.eps), cache
 
 
 def logits(params: Params, x: Float[Array, "B T D"], config: Config, ops: Ops) -> Float[Array, "B T V"]:

@@ -5,32 +5,16 @@ import re
 import sys
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxinfer import __main__ as cli
-from jaxinfer import bench_attention
-from jaxinfer.bench_attention import (
-    BACKENDS,
-    SHAPES,
-    Attend,
-    Backend,
-    Ceilings,
-    Row,
-    cases,
-    expected,
-    inputs,
-    measure,
-    plot,
-    recorded,
-    seconds,
-    shape_of,
-    table,
-)
+from jaxinfer import timing
+from jaxinfer.bench_attention import BACKENDS, BENCHMARK, SHAPES, cases, expected, inputs, plot, shape_of
+from jaxinfer.timing import Backend, Calls, Ceilings, Row, measure, recorded, table
 
-QUICK = {"samples": 2}
+QUICK: dict[str, Any] = {"samples": 2}
 CEILING = Ceilings(1e12, 1e11)
 SMALL: dict[str, Any] = {"shapes": ["4/2/16"], "lengths": [40], "chunk": 16, "dtype": "float32"}
 WINDOW = {**SMALL, "shapes": ["4/2/16/24"], "lengths": [300]}  # its ring of 256 slots has wrapped
@@ -39,16 +23,16 @@ WINDOW = {**SMALL, "shapes": ["4/2/16/24"], "lengths": [300]}  # its ring of 256
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch, quick_compiler):
     """Samples of a few calls, and programs of one."""
-    monkeypatch.setattr(bench_attention, "SAMPLE_S", 0.001)
-    monkeypatch.setattr(bench_attention, "SHORT_S", 0.0)
+    monkeypatch.setattr(timing, "SAMPLE_S", 0.001)
+    monkeypatch.setattr(timing, "SHORT_S", 0.0)
 
 
 def backend(name: str, change) -> Backend:
     """One that computes the right result and changes it."""
 
-    def make(given) -> Attend:
+    def make(given) -> Calls:
         right = BACKENDS["jaxinfer"].make(given)
-        return Attend(lambda: change(right.output()), right.repeat)
+        return Calls(lambda: change(right.output()), right.repeat)
 
     return Backend(name, lambda _: None, make)
 
@@ -113,16 +97,16 @@ def test_a_wrong_backend_is_not_timed():
     """A result too large by a hundredth, one that is not a number, and one that is right."""
     timed = []
 
-    def slightly(given) -> Attend:
+    def slightly(given) -> Calls:
         right = BACKENDS["jaxinfer"].make(given)
-        return Attend(lambda: right.output() * 1.01, lambda calls: timed.append(calls))
+        return Calls(lambda: right.output() * 1.01, lambda calls: timed.append(calls))
 
     found = [
         Backend("slightly", lambda _: None, slightly),
         backend("nan", lambda o: o.at[0, -1].set(jnp.nan)),
         backend("right", lambda o: o),
     ]
-    wrong, nan, right = measure(cases(**SMALL, works=["decode"]), found, CEILING, **QUICK)
+    wrong, nan, right = measure(BENCHMARK, cases(**SMALL, works=["decode"]), found, CEILING, **QUICK)
     assert wrong.error == pytest.approx(0.01, rel=1e-3)
     assert np.isnan(nan.error)
     for row in (wrong, nan):
@@ -132,16 +116,16 @@ def test_a_wrong_backend_is_not_timed():
     assert right.error < 1e-6
     assert right.mean_us > 0
     assert not right.note
-    lines = list(table([wrong, nan, right], CEILING))
+    lines = list(table(BENCHMARK, [wrong, nan, right], CEILING))
     assert lines[2].startswith("| 4/2/16             | decode     |      40 | slightly         |  1.0e-02 |       ")
     assert lines[2].endswith("| wrong: an error above 1.0e-05")
 
 
 def test_what_does_not_run_says_why():
-    def uncovered(given) -> Attend:
+    def uncovered(given) -> Calls:
         raise NotImplementedError("no heads of 16\nof any kind")
 
-    def broken(given) -> Attend:
+    def broken(given) -> Calls:
         raise RuntimeError("out of registers")
 
     found = [
@@ -149,55 +133,19 @@ def test_what_does_not_run_says_why():
         Backend("uncovered", lambda _: None, uncovered),
         Backend("broken", lambda _: None, broken),
     ]
-    rows = list(measure(cases(**SMALL | {"lengths": [32, 40]}, works=["decode"]), found, CEILING, **QUICK))
+    rows = list(measure(BENCHMARK, cases(**SMALL | {"lengths": [32, 40]}, works=["decode"]), found, CEILING, **QUICK))
     notes = ["not available: not on a cpu", "not covered: no heads of 16", "failed: RuntimeError: out of registers"]
     assert [row.note for row in rows] == notes * 2
-    assert len(list(table(rows, CEILING))) == 2 + 3 + 1  # each is said once, and not for every length
+    assert len(list(table(BENCHMARK, rows, CEILING))) == 2 + 3 + 1  # each is said once, and not for every length
 
 
 def test_arrays_that_do_not_fit_are_not_made(monkeypatch):
     (case,) = cases(shapes=["32/8/128"], works=["decode"], lengths=[131072], batch=[64])
     stack = 2 * 2 * 64 * 8 * 131072 * 128 * 2  # keys and values of two layers
     assert stack * 2 < case.need_bytes < stack * 2.2  # and a copy of one, with another type of numbers
-    monkeypatch.setattr(bench_attention.memory, "available_bytes", lambda _: 100 * 2**30)
-    monkeypatch.setattr(bench_attention, "inputs", None)
-    (row,) = measure([case], [BACKENDS["jaxinfer"]], CEILING)
+    monkeypatch.setattr(timing.memory, "available_bytes", lambda _: 100 * 2**30)
+    (row,) = measure(BENCHMARK._replace(prepare=lambda _: pytest.fail("made")), [case], [BACKENDS["jaxinfer"]], CEILING)
     assert re.fullmatch(r"not run: its arrays need 1\d\d\.\d\d GiB, and there are 100\.00 GiB", row.note)
-
-
-@pytest.mark.parametrize(
-    ("one_s", "first", "program", "times"),
-    [(2.5, [1, 1], 0, 0), (0.03, [1, 1, 1], 1, 4), (2**-12, [1, 1, 256, 256], 256, 2)],
-    ids=["slow", "long", "short"],
-)
-def test_many_calls_are_in_flight(monkeypatch, one_s, first, program, times):
-    """On a device that takes `one_s` for a call: each of 3 samples of a tenth of a second waits once."""
-    made, waits, now = [], [], [0.0]
-
-    def repeat(calls: int):
-        def run() -> None:
-            made.append(calls)
-            now[0] += calls * one_s
-
-        return run
-
-    monkeypatch.setattr(bench_attention.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(bench_attention, "SAMPLE_S", 0.1)
-    monkeypatch.setattr(bench_attention, "SHORT_S", 0.001)
-    took = seconds(Attend(lambda: jnp.zeros(()), repeat, waits.append), samples=3)
-    assert took == pytest.approx([one_s] * (3 if program else 1))
-    assert made == first + [program] * times * 4  # one to warm up
-    assert len(waits) == len(first) + (4 if program else 0)
-
-
-def test_no_call_is_dropped_or_merged():
-    """In the compiled program: a loop of 16 rounds with 16 products each, of which plain calls would leave one."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    x = jnp.ones((64, 64))
-    run = bench_attention._of_jax(jnp.matmul, x, x).repeat(256)
-    text = run.func.lower(*run.args).compile().as_text()
-    assert len(re.findall(r" (?:dot|custom-call)\(", text)) == 16
-    assert re.search(r'known_trip_count\D+"16"', text)
 
 
 def run(capfd, *argv: str) -> tuple[int, str, str]:
@@ -223,11 +171,11 @@ def test_from_the_command_line(capfd, tmp_path):
             continue
         assert 0 < float(row[4]) < 2**-6
         assert re.fullmatch(r"\d+\.\d ± \d+\.\d", row[5])
-        assert re.fullmatch(r"\d+\.\d GB/s" if row[1] == "decode 2" else r"\d+\.\d TFLOP/s", row[6])
+        assert re.fullmatch(r"\d+\.\d GB/s" if row[1] == "decode 2" else r"\d+\.\d [GT]FLOP/s", row[6])
         assert re.fullmatch(r"\d+\.\d%", row[7])
     assert empty == ""
-    assert re.fullmatch(r"build: jaxinfer \S+, jax \S+; device: cpu; ceilings: \d+\.\d TFLOP/s, \d+\.\d GB/s", build)
-    assert "4/2/16/24: decode 2 of 40" in err
+    assert re.fullmatch(r"build: jaxinfer \S+, jax \S+; device: cpu; ceilings: \d+\.\d [GT]FLOP/s, \d+\.\d GB/s", build)
+    assert "4/2/16/24 decode 2 40" in err
 
     with open(tmp_path / "a.csv") as file:
         rows = list(csv.DictReader(file))
@@ -277,7 +225,7 @@ def test_bad_input(capfd, argv, message):
 
 def rows() -> list[Row]:
     found = cases(shapes=["4/2/16"], lengths=[32, 64], works=["prefill", "decode"])
-    return [Row(c, b, 1e-3, 10.0, 0.5, 10.0, 1e12, 0.5) for c in found for b in ("one", "other")]
+    return [Row(c, b, 1e-3, 10.0, 0.5, 10.0, "flops", 1e12, 0.5) for c in found for b in ("one", "other")]
 
 
 def test_rows_are_in_the_file_as_they_come(tmp_path):

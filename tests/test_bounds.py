@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.pallas.bounds import Visit, combine, part, visit
+from jaxinfer.pallas.bounds import Visit, part, visit
 
 EMPTY, BLOCK = -1, 4
 Tile = tuple[list[int], list[int], int]  # positions of its queries, those in the slots, the shift
@@ -130,26 +130,3 @@ def test_splits_share_the_blocks(splits, least):
         assert max(sizes, default=0) - min(sizes, default=0) <= 1
         assert len(used) <= 1 or min(sizes) >= least
         assert len(used) == min(splits, max(count // least, min(count, 1)))  # as many as there is work for
-
-
-@pytest.mark.parametrize("shape", [(), (5,), (3, 5)])
-def test_joined_parts_are_the_softmax_of_all_keys(shape):
-    """f32: of a handful of terms, each with a rounding or two, and the outputs of parts as they were rounded."""
-    rng, (parts, keys, width) = np.random.default_rng(0), (4, 6, 8)
-    s = rng.normal(size=(2, 3, parts, *shape, keys)) * 20
-    v = rng.normal(size=(2, 3, parts, *shape, keys, width))
-    s[:, 0, 1] = -np.inf  # a part that saw nothing
-    s[0, 1] = -np.inf  # and a row
-    s[1, 1] *= 1e4  # weights that are all or nothing
-    with np.errstate(divide="ignore", invalid="ignore"):
-        top = s.max(-1, keepdims=True)
-        e = np.exp2(s - np.where(top > -np.inf, top, 0))
-        lse = np.log2(e.sum(-1)) + top[..., 0]
-        o = (e[..., None] * v).sum(-2) / e.sum(-1)[..., None]  # nan where nothing was seen
-        both = np.exp2(s - np.where((most := top.max(2, keepdims=True)) > -np.inf, most, 0))
-        want = (both[..., None] * v).sum((2, -2)) / np.maximum(both.sum((2, -1)), 1e-300)[..., None]
-    assert np.isnan(o).any()
-    got = jax.jit(combine)(jnp.asarray(o, jnp.float32), jnp.asarray(lse, jnp.float32))
-    tolerance = 1e-6 + 2.0**-24 * np.abs(np.where(s > -np.inf, s, 0))[..., None].max((2, -2))  # of a rounded logarithm
-    assert (np.abs(got - want) <= 4 * tolerance).all()
-    assert not got[0, 1].any()

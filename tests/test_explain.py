@@ -119,6 +119,14 @@ def test_attention_on_a_gpu_before_hopper():
     assert use(layer.decode, "attention").forms == ("flash attention, keys in parts",)
 
 
+def test_writes_on_a_gpu():
+    found = report("gemma4-e", **ON_GPU)  # heads of 32 on sliding layers, of 64 on the others
+    for layer, form in ((0, "step by step; heads of 32, of which 32 are turned"), (3, "one kernel"), (7, "one kernel")):
+        assert use(layer_of(found, layer).prefill, "store").forms == ("step by step",)
+        (decode,) = use(layer_of(found, layer).decode, "store").forms
+        assert decode.startswith(form)
+
+
 def test_what_the_kernels_do_not_cover_is_told():
     layer = layer_of(report("qwen3", **ON_GPU | {"dtype": "float32"}), 0)
     why = "queries of float32 and a cache of float32 are not alike bfloat16 or float16"

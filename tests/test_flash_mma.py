@@ -4,15 +4,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import mosaic
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from jaxinfer.cache import KVCache
-from jaxinfer.pallas.flash_mma import FEW, Blocks, attention_mma, blocks_for
+from jaxinfer.pallas.flash_mma import FEW, Blocks, attention_mma, blocks_for, join
 
 LAYER = 1
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative error of rounding
@@ -99,7 +101,20 @@ def with_sinks(options: dict[str, Any], heads: int) -> dict[str, Any]:
 
 
 def run(q: jax.Array, cache: KVCache, pos: jax.Array, **options: Any) -> jax.Array:
-    return mosaic.interpret(attend, q, cache, LAYER, pos, **options)
+    """Interpreted, and without races in both kernels: `interpret` asks the last one."""
+    races, make = [], gpu_callbacks.GPURaceDetectionState  # pyright: ignore[reportPrivateImportUsage]
+
+    def made(**given: Any) -> Any:
+        races.append(make(**given))
+        return races[-1]
+
+    with mock.patch.object(gpu_callbacks, "GPURaceDetectionState", made):
+        out = mosaic.interpret(attend, q, cache, LAYER, pos, **options)
+    (_, t, heads, group, width), slots = q.shape, cache.k.shape[3]
+    blocks = options.get("blocks") or blocks_for(width, t * group, slots, heads, split=t <= FEW, hopper=True)
+    assert len(races) == (1 if blocks.splits == 1 else 2)
+    assert not [one for one in races if one.races_found]
+    return out
 
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -189,11 +204,70 @@ def test_a_row_alone_has_the_bits_that_it_has_in_a_batch_and_so_have_splits_that
         np.testing.assert_array_equal(run(q[row : row + 1], one, pos[row : row + 1], blocks=SPLIT)[0], got[row])
 
 
-def test_a_missing_fence_would_be_found():
+@pytest.mark.parametrize("blocks", [ONE, replace(SPLIT, least=3)], ids=["chunk", "decode"])
+def test_a_missing_fence_would_be_found(blocks):
     """The fence that sm_90 needs: without it the tests above would fail."""
     cache, q, pos = cached(full(96, 96), 1, 32), normal(1, 1, 1, 1, 32), queries(1, 96)
     with pytest.raises(AssertionError):
-        mosaic.interpret(attend, q, cache, LAYER, pos, blocks=ONE, hopper=False)
+        run(q, cache, pos, blocks=blocks, hopper=False)
+
+
+def of_parts(heads: int, rows: int, parts: int, width: int, m: int) -> tuple[jax.Array, jax.Array, np.ndarray, Any]:
+    """Parts of softmaxes in the last `rows` of m; all of each in float64, [BK, rows, H], and by how much f32 may err.
+
+    Of the first row of each head a part saw nothing, of the last row all; of the last head weights are all or nothing.
+    """
+    rng, keys = np.random.default_rng(0), 6
+    s = rng.normal(size=(heads, parts, rows, keys)) * 20
+    v = rng.normal(size=(*s.shape, width))
+    s[:, 1, 0] = s[:, :, -1] = -np.inf
+    s[-1] *= 1e4
+    with np.errstate(divide="ignore", invalid="ignore"):
+        top = s.max(-1, keepdims=True)
+        e = np.exp2(s - np.where(top > -np.inf, top, 0))
+        lse = np.log2(e.sum(-1)) + top[..., 0]
+        o = (e[..., None] * v).sum(-2) / e.sum(-1)[..., None]  # nan where nothing was seen
+        both = np.exp2(s - np.where((most := top.max(1, keepdims=True)) > -np.inf, most, 0))
+        want = (both[..., None] * v).sum((1, -2)) / np.maximum(both.sum((1, -1)), 1e-300)[..., None]
+    assert np.isnan(o).any()
+    assert not want[:, -1].any()
+    # A handful of terms, each with a rounding or two, and the rounding of the logarithms.
+    noise = 4 * (1e-6 + 2.0**-24 * np.abs(np.where(s > -np.inf, s, 0)).max((1, -1)))[..., None]
+    front = ((0, 0), (0, 0), (m - rows, 0))  # what fills the tile is nobody's
+    o, lse = (np.pad(a, front + ((0, 0),) * (a.ndim - 3), constant_values=np.nan) for a in (o, lse))
+    return jnp.asarray(o, jnp.float32), jnp.asarray(lse, jnp.float32), want, noise
+
+
+def check_joined(got: jax.Array, want: np.ndarray, noise: Any) -> None:
+    b, t, kv_heads, group, width = got.shape
+    rows = np.asarray(got, np.float64).swapaxes(1, 2).reshape(b * kv_heads, t * group, width)
+    assert (np.abs(rows - want) <= noise + 2.0**-8 * np.abs(want) * (got.dtype == jnp.bfloat16)).all()
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 2, 2, 3, 16), jnp.float32), ((1, 1, 3, 2, 256), jnp.bfloat16)])
+def test_joined_parts_are_the_softmax_of_all_keys(shape, dtype):
+    b, t, kv_heads, group, width = shape
+    o, lse, want, noise = of_parts(b * kv_heads, t * group, 4, width, 16)
+    got = mosaic.interpret(jax.jit(lambda o, lse: join(o, lse, shape, dtype, interpret=True)), o, lse)
+    assert got.dtype == dtype
+    assert got.shape == shape
+    check_joined(got, want, noise)
+
+
+def test_parts_are_added_in_their_order():
+    """Weights and their sum are powers of two: products and the quotient are exact, and each sum shows its rounding."""
+    logs, width = np.array([-2, 0, -5, -1, -3, -5, -4], np.float32), 128
+    o = normal(1, len(logs), 16, width, dtype="float32")
+    lse = jnp.broadcast_to(logs[:, None], o.shape[:3])
+
+    def run(o: jax.Array, lse: jax.Array) -> jax.Array:
+        return join(o, lse, (1, 1, 1, 1, width), jnp.float32, interpret=True)
+
+    got = mosaic.interpret(jax.jit(run), o, lse)
+    want = np.zeros(width, np.float32)
+    for x, weight in zip(np.asarray(o[0, :, -1]), np.exp2(logs), strict=True):
+        want += x * weight
+    np.testing.assert_array_equal(got[0, 0, 0, 0], want / np.exp2(logs).sum())
 
 
 def test_what_the_kernel_does_not_cover_is_refused():
@@ -254,6 +328,9 @@ def programs(arch: tuple[int, int], widths: tuple[int, ...] = (64, 80, 96, 128, 
     yield one(1024, 4, 128)
     yield one(1, 8, 128, jnp.float16, many=True, window=512, softcap=50.0)
     yield one(1024, 8, 64, many=True, window=128, aligned=True)
+    for parts, width in ((32, 64), (32, 128), (64, 512), (128, 80)):
+        o, lse = shape(2, parts, 16, width, dtype=jnp.float32), shape(2, parts, 16, dtype=jnp.float32)
+        yield f"{parts} x {width}", partial(join, shape=(2, 2, 1, 4, width), dtype=jnp.bfloat16), (o, lse)
 
 
 @pytest.mark.parametrize("arch", [(8, 0), (9, 0)])  # sm_89 differs in what a multiprocessor holds
@@ -279,6 +356,7 @@ def test_compiled_for_a_gpu_without_spills(arch):
         (1, 4, 8, 512, 4096, (4096,), {}),
         (1, 16, 2, 256, 1280, (131072, 900), {"window": 1024, "softcap": 30.0}),
         (2, 8, 8, 64, 384, (9000, 100), {"window": 128, "sinks": True}),
+        (5, 2, 3, 96, 1024, (1000, 3), {}),
         (512, 8, 4, 128, 2048, (2048, 700), {}),
     ],
 )
@@ -301,3 +379,11 @@ def test_on_a_gpu_at_full_size(tokens, heads, group, width, slots, ends, options
     for row in range(len(ends)):
         one = jax.tree.map(lambda a, row=row: a[:, row : row + 1], cache)
         np.testing.assert_array_equal(attend(q[row : row + 1], one, pos[row : row + 1])[0], got[row])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("parts", "width"), [(32, 64), (32, 128), (64, 512), (128, 80)])
+def test_joined_on_a_gpu(parts, width):
+    o, lse, want, noise = of_parts(6, 8, parts, width, 16)
+    join_them = jax.jit(lambda o, lse: join(o, lse, (2, 2, 3, 4, width), jnp.bfloat16))
+    check_joined(join_them(o, lse), want, noise)

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer import cache as caches
 from jaxinfer.cache import KVCache
-from jaxinfer.layers.linear import Linear, linear
-from jaxinfer.layers.norm import rms_norm
-from jaxinfer.layers.rope import Rope, rope
+from jaxinfer.layers.linear import Linear, linear, linears
+from jaxinfer.layers.rope import Rope
 from jaxinfer.ops import Ops
+from jaxinfer.ops.matmul import Norm
 from jaxinfer.tree import Index, pytree
 
 
@@ -67,6 +67,8 @@ def attention(
     spec: AttentionSpec,
     ops: Ops,
     *,
+    norm: Norm | None = None,
+    residual: Float[Array, "B T D"] | None = None,
     source: Index | None = None,
     reader: Index | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
@@ -78,30 +80,34 @@ def attention(
     """
     b, t, _ = x.shape
 
-    def heads(y: Array, norm: Array | None) -> Array:
-        if norm is not None:
-            y = rms_norm(y.reshape(b, t, -1, norm.shape[-1]), norm[layer], spec.eps)
-        return y.reshape(b, t, -1, spec.width)
-
-    def turned(y: Array) -> Array:
-        y = y if spec.rope is None else rope(y, pos, spec.rope)
-        return rms_norm(y, None, spec.eps) if spec.norm_rotated else y
-
-    q, gate = linear(p.q, layer, x, ops), None
+    maps = [y for y in (p.q, p.k, p.v) if y is not None]
+    q, *rest = linears(maps, layer, x, ops, norm=norm)
+    k, v = [*rest, None, None][:2]
+    gate = None
     if spec.gated:
         q, gate = jnp.split(q.reshape(b, t, spec.heads, 2 * spec.width), 2, axis=-1)
-    q = turned(heads(q, p.q_norm))
+        q = q.reshape(b, t, -1)
+    q, cache = ops.store(
+        q,
+        k,
+        v,
+        cache,
+        layer,
+        pos,
+        rotation=spec.rope,
+        eps=spec.eps,
+        q_norm=p.q_norm,
+        k_norm=p.k_norm,
+        norm_values=spec.norm_values,
+        norm_rotated=spec.norm_rotated,
+    )
+    if k is not None:
+        source, reader = layer, layer
+    assert source is not None
     if spec.warm_up is not None:
         rate, length = spec.warm_up
         steps = jnp.floor((pos + 1).astype(jnp.float32) / length)
-        q = (q.astype(jnp.float32) * (1 + rate * jnp.log(steps + 1))[..., None, None]).astype(q.dtype)
-    if p.k is not None:
-        k = linear(p.k, layer, x, ops)
-        v = heads(k if p.v is None else linear(p.v, layer, x, ops), None)
-        v = rms_norm(v, None, spec.eps) if spec.norm_values else v
-        cache, source, reader = caches.write(cache, layer, turned(heads(k, p.k_norm)), v, pos), layer, layer
-    assert source is not None
-    q = q.reshape(b, t, spec.kv_heads, spec.group, spec.width)
+        q = (q.astype(jnp.float32) * (1 + rate * jnp.log(steps + 1))[..., None, None, None]).astype(q.dtype)
     if cache.recent_q is not None:
         assert reader is not None
         cache = caches.capture(cache, reader, q.astype(jnp.float32) * spec.scale, pos)
@@ -117,4 +123,4 @@ def attention(
     ).reshape(b, t, -1)
     if gate is not None:
         o = o * jax.nn.sigmoid(gate.reshape(o.shape).astype(jnp.float32)).astype(o.dtype)
-    return linear(p.o, layer, o, ops), cache
+    return linear(p.o, layer, o, ops, residual), cache

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxinfer.layers.linear import Linear, linear
+from jaxinfer.layers.linear import Linear, linear, linears
 from jaxinfer.ops import Ops
 from jaxinfer.ops.experts import Activation
+from jaxinfer.ops.matmul import Norm
 from jaxinfer.tree import Index, pytree
 
 
@@ -18,10 +19,18 @@ class MlpParams:
 
 
 def mlp(
-    p: MlpParams, layer: Index, x: Float[Array, "B T D"], activation: Activation, ops: Ops
+    p: MlpParams,
+    layer: Index,
+    x: Float[Array, "B T D"],
+    activation: Activation,
+    ops: Ops,
+    *,
+    norm: Norm | None = None,
+    residual: Float[Array, "B T D"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """down(activation(gate(x), up(x))) (arXiv:2002.05202, equation 6)."""
-    return linear(p.down, layer, activation(linear(p.gate, layer, x, ops), linear(p.up, layer, x, ops)), ops)
+    """down(activation(gate(x), up(x))) (arXiv:2002.05202, equation 6), x normed before; plus a residual."""
+    (y,) = linears((p.gate, p.up), layer, x, ops, norm=norm, combine=activation)
+    return linear(p.down, layer, y, ops, residual)
 
 
 # Each takes a gate and what it gates, and computes in f32.

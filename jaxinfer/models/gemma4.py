@@ -26,6 +26,7 @@ from jaxinfer.layers.rope import Rope
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
 from jaxinfer.ops import Ops
+from jaxinfer.ops.matmul import Norm
 from jaxinfer.quants import Weight, dense, rows
 from jaxinfer.reading import Block, attention_spec, blocks, config, moe_spec, params, rope
 from jaxinfer.tree import Index, pytree, static
@@ -191,10 +192,10 @@ def forward(
     x = embed(params.embedding, tokens, config)
     inputs = None if params.inputs is None else _inputs(params.inputs, tokens, x, config, ops)
 
-    def layer(p: LayerParams, i: Index, carry: tuple[Array, Array], held: KVCache, **shared: Index):
+    def layer(p: LayerParams, i: Index, carry: tuple[Array, Array], held: KVCache, **shared: Any):
         x, number = carry
         spec: Any = config.mixer(p.kind)
-        y, held = attention(p.mixer, i, rms_norm(x, p.norm[i], config.eps), pos, held, spec, ops, **shared)
+        y, held = attention(p.mixer, i, x, pos, held, spec, ops, norm=Norm(p.norm, config.eps), **shared)
         x = x + rms_norm(y, p.post_norm[i], config.eps)
         x = x + rms_norm(_feed_forward(p, i, x, pos, config, ops), p.ffn_post_norm[i], config.eps)
         if p.input is not None:
@@ -241,7 +242,7 @@ def _inputs(
 def _feed_forward(
     p: LayerParams, i: Index, x: Float[Array, "B T D"], pos: Int[Array, "B T"], config: Config, ops: Ops
 ) -> Float[Array, "B T D"]:
-    y = mlp(p.ffn, i, rms_norm(x, p.ffn_norm[i], config.eps), config.activation, ops)
+    y = mlp(p.ffn, i, x, config.activation, ops, norm=Norm(p.ffn_norm, config.eps))
     if p.experts is None:
         return y
     e = p.experts

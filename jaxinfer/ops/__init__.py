@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxinfer.cache import KVCache
 from jaxinfer.ops.attention import (
     attention_ampere,
     attention_blocks,
@@ -21,7 +22,8 @@ from jaxinfer.ops.attention import (
 )
 from jaxinfer.ops.delta import gated_delta_chunked, gated_delta_reference
 from jaxinfer.ops.experts import experts_gpu, experts_reference
-from jaxinfer.ops.matmul import matmul_gpu, matmul_reference
+from jaxinfer.ops.matmul import matmul_gpu, matmul_hopper, matmul_reference, project_hopper, project_reference
+from jaxinfer.ops.store import store_ampere, store_reference
 from jaxinfer.ops.votes import votes_hopper, votes_reference
 from jaxinfer.tree import Device
 
@@ -32,13 +34,23 @@ class Ops(NamedTuple):
     experts: Callable[..., Array]
     delta: Callable[..., tuple[Array, Array]]
     votes: Callable[..., Array] = votes_reference
+    store: Callable[..., tuple[Array, KVCache]] = store_reference
+    project: Callable[..., tuple[Array, ...]] = project_reference
 
 
 REFERENCE = Ops(matmul_reference, attention_reference, experts_reference, gated_delta_reference)
 CPU = Ops(matmul_reference, attention_blocks, experts_reference, gated_delta_chunked)
-HOPPER = Ops(matmul_gpu, attention_hopper, experts_gpu, gated_delta_chunked, votes_hopper)
-AMPERE = HOPPER._replace(attention=attention_ampere, votes=votes_reference)
-GPU = HOPPER._replace(attention=attention_tiles, votes=votes_reference)
+GPU = Ops(matmul_gpu, attention_tiles, experts_gpu, gated_delta_chunked)
+AMPERE = GPU._replace(attention=attention_ampere, store=store_ampere)
+HOPPER = Ops(
+    matmul_hopper,
+    attention_hopper,
+    experts_gpu,
+    gated_delta_chunked,
+    votes_hopper,
+    store_ampere,
+    project_hopper,
+)
 
 
 def default_ops(device: Device, dtype: np.dtype) -> Ops:

@@ -1,10 +1,10 @@
-"""What attention kernels share: what they cover, which blocks a tile of queries visits, and how parts join."""
+"""What attention kernels share: what they cover, which blocks a tile of queries visits, and how splits share them."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jaxinfer.cache import KVCache
 
@@ -88,21 +88,3 @@ def part(count: Scalar, split: Scalar, splits: int, least: int) -> tuple[Scalar,
     """
     used = jnp.clip(count // least, 1, splits)
     return jnp.where(split < used, count * split // used, 0), jnp.where(split < used, count * (split + 1) // used, 0)
-
-
-def combine(o: Float[Array, "B K P *M H"], lse: Float[Array, "B K P *M"]) -> Float[Array, "B K *M H"]:
-    """Joins P parts of one softmax: outputs and the logarithms, to base 2, of their sums (-inf: the part saw nothing).
-
-    The outputs are those of each part alone (arXiv:2307.08691, section 3.1); one that saw nothing may hold anything.
-    Part by part, without a reduction, so that XLA makes one kernel of it all.
-    """
-    parts = range(lse.shape[2])
-    top = jnp.full_like(lse[:, :, 0], jnp.finfo(jnp.float32).min)
-    for p in parts:
-        top = jnp.maximum(top, lse[:, :, p])
-    total, out = jnp.zeros_like(top), jnp.zeros_like(o[:, :, 0])
-    for p in parts:
-        weight = jnp.exp2(lse[:, :, p] - top)
-        total += weight
-        out += jnp.where(weight[..., None] > 0, o[:, :, p] * weight[..., None], 0)
-    return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]

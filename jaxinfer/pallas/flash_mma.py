@@ -5,24 +5,31 @@ Decoding and verifying split a row's keys (arXiv:2307.08691, section 3.1, over C
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache import KVCache
-from jaxinfer.pallas.bounds import beyond, combine, part, visit
+from jaxinfer.pallas.bounds import beyond, part, visit
+from jaxinfer.pallas.registers import layout
 from jaxinfer.tree import Index
 
 FEW = 8  # tokens of a call up to which a row's keys are split
 LOG2E = math.log2(math.e)
 LOWEST = float(jnp.finfo(jnp.float32).min)  # a softmax's maximum before any key: finite, so that no weight is nan
-WARPS = 4  # of a warpgroup
+WARPS, LANES = 4, 32  # of a warpgroup, of a warp
 
 
 @dataclass(frozen=True)
@@ -96,27 +103,19 @@ def attention_mma(
     others = WARPS // blocks.warps * 8
     if blocks.rows % (16 * blocks.warps) or blocks.keys % others or width % others or slots % blocks.keys:
         raise ValueError(f"{blocks} do not divide {slots=} and {width=}, or their warps do not divide them")
-    # The rows of a KV head, (token, head), ascend by position; those that fill the first tile are like the first.
-    pad = -(t * group) % blocks.rows
-    before = ((0, 0), (pad, 0))
-    x = jnp.pad(q.swapaxes(1, 2).reshape(b * kv_heads, t * group, width), (*before, (0, 0)))
-    at = jnp.pad(jnp.repeat(pos, group, axis=1), before, mode="edge")
-    tops = None
-    if sinks is not None:
-        tops = jnp.pad(jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group) * LOG2E, (1, t)), before)
     options = {"scale": scale, "window": window, "aligned": aligned, "softcap": softcap, "skip": skip}
-    out = _attend(x, cache, layer, at, tops, blocks, hopper=hopper, interpret=interpret, **options)
-    o, *lse = (a.reshape(b, kv_heads, *a.shape[1:]) for a in out)
-    o = combine(o[..., pad:, :], lse[0][..., pad:]).astype(q.dtype) if lse else o[..., pad:, :]
-    return o.reshape(b, kv_heads, t, group, width).swapaxes(1, 2)
+    o, *lse = _attend(q, cache, layer, pos, sinks, blocks, hopper=hopper, interpret=interpret, **options)
+    if lse:
+        return join(o, lse[0], q.shape, q.dtype, interpret=interpret)
+    return o[:, -t * group :].reshape(b, kv_heads, t, group, width).swapaxes(1, 2)
 
 
 def _attend(
-    q: Float[Array, "BK M H"],
+    q: Float[Array, "B T K G H"],
     cache: KVCache,
     layer: Index,
-    pos: Int[Array, "B M"],
-    tops: Float[Array, "K M"] | None,
+    pos: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None,
     blocks: Blocks,
     *,
     scale: float,
@@ -127,14 +126,16 @@ def _attend(
     hopper: bool,
     interpret: bool,
 ) -> list[Array]:
-    """Attention of whole tiles of rows: [o [BK, M, H]].
+    """Attention of whole tiles of a KV head's rows, (token, head): [o [BK, M, H]], whose last T G rows those are.
 
     With P splits theirs in f32, [o [BK, P, M, H], lse [BK, P, M] to base 2]; where lse is -inf, o may be anything.
     """
-    heads, m, width = q.shape
-    _, b, kv_heads, slots, _ = cache.k.shape
+    b, t, kv_heads, group, width = q.shape
+    heads, slots = b * kv_heads, cache.k.shape[3]
     rows, keys, splits = blocks.rows, blocks.keys, blocks.splits
-    tiles, count = m // rows, slots // keys
+    tiles, count = -(-t * group // rows), slots // keys
+    m = tiles * rows
+    pad = m - t * group  # rows that fill the first tile, where they are like the first: positions ascend
     workers = min(splits, max(blocks.ctas // (heads * tiles), 1))
     LHS, RHS, ACC = (getattr(plgpu.Layout, f"MMA_{x}")(q.dtype, m_warps=blocks.warps) for x in ("LHS", "RHS", "ACC"))
     ROW, COLUMN = LHS.reduce(1), LHS.reduce(0)  # ROW is also ACC's
@@ -147,14 +148,15 @@ def _attend(
     def zeros(columns: int) -> Array:
         return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), ACC)
 
-    def body(layer_gmem, shift_gmem, pos_gmem, tops_gmem, q_gmem, k_gmem, v_gmem, held_gmem, *rest):
+    def body(layer_gmem, shift_gmem, pos_gmem, sinks_gmem, q_gmem, k_gmem, v_gmem, held_gmem, *rest):
         *outs, s_smem = rest
         head, tile = lax.axis_index("head"), lax.axis_index("tile")
         row, kv_head = lax.div(head, kv_heads), lax.rem(head, kv_heads)
         mine = pl.ds(tile * rows, rows)
+        first = tile * rows - pad
         seen = visit(
-            pos_gmem[row, tile * rows],
-            pos_gmem[row, tile * rows + rows - 1],
+            pos_gmem[row, lax.div(jnp.maximum(first, 0), group)],
+            pos_gmem[row, lax.div(first + rows - 1, group)],
             None if shift_gmem is None else shift_gmem[row],
             slots=slots,
             block=keys,
@@ -163,8 +165,12 @@ def _attend(
         )
         stack = layer_gmem[0] * heads + head
         held = stack if cache.pos.shape[2] > 1 else layer_gmem[0] * b + row
-        qs = [plgpu.load(q_gmem.at[head, mine, cols], layout=LHS, optimized=False) for cols in pieces]
-        query = plgpu.load(pos_gmem.at[row, mine], layout=ROW, optimized=False)
+        index = jnp.maximum(first + plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=ROW), 0)
+        token, mate = lax.div(index, group), lax.rem(index, group)
+        column = plgpu.broadcasted_iota(jnp.int32, (rows, piece), 1, layout=LHS)
+        place = across(((token * kv_heads + kv_head) * group + mate) * width, piece, LHS) + column
+        qs = [_gather(q_gmem.at[row], place + i, LHS, interpret=interpret) for i in range(0, width, piece)]
+        query = _gather(pos_gmem.at[row], token, ROW, interpret=interpret)
         least: Any = 0
         if window is not None:
             least = jnp.maximum(lax.div(query, window) * window if aligned else query - (window - 1), 0)
@@ -216,8 +222,8 @@ def _attend(
                 return acc, new, total
 
             top, total = (plgpu.layout_cast(jnp.full((rows,), x, jnp.float32), ROW) for x in (LOWEST, 0))
-            if tops_gmem is not None:
-                sink = plgpu.load(tops_gmem.at[kv_head, mine], layout=ROW, optimized=False)
+            if sinks_gmem is not None:
+                sink = _gather(sinks_gmem, kv_head * group + mate, ROW, interpret=interpret) * LOG2E
                 top, total = jnp.where(split == 0, sink, top), jnp.where(split == 0, total + 1, total)
             spec = plgpu.BlockSpec((keys, width), lambda i: (stack * count + block(i), 0), transforms=_tiled(width))
             pipeline = plgpu.emit_pipeline(
@@ -240,7 +246,7 @@ def _attend(
                 for a, cols in zip(acc, pieces, strict=True):
                     outs[0][head, split, mine, cols] = a * inverse
 
-    out = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    out = [jax.ShapeDtypeStruct((heads, m, width), q.dtype)]
     if splits > 1:
         out = [jax.ShapeDtypeStruct((heads, splits, m, *end), jnp.float32) for end in ((width,), ())]
     return plgpu.kernel(
@@ -256,11 +262,85 @@ def _attend(
         jnp.asarray(layer, jnp.int32).reshape(1),
         cache.shift,
         pos,
-        tops,
-        q,
+        None if sinks is None else sinks.astype(jnp.float32),
+        q.reshape(b, -1),
         *(a.reshape(-1, width) for a in (cache.k, cache.v)),  # in place: a view
         cache.pos.reshape(-1, slots),
     )
+
+
+def _gather(ref: Any, index: Int[Array, "*n"], layout: Any, *, interpret: bool) -> Array:
+    """ref[index] of a vector in device memory, for an index in the layout; a register's elements are neighbours.
+
+    So tiles have rows from wherever they lie, without a copy of them.
+    """
+    if interpret:
+        return ref[...][index]
+    out = plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=out)
+    def load(ctx: Any, ref: Any, index: fa.FragmentedArray) -> fa.FragmentedArray:
+        element, made = ir.MemRefType(ref.type).element_type, layout.to_mgpu()
+        kind = ir.VectorType.get((made.vector_length,), element)
+        registers = np.empty_like(index.registers)
+        for i, register in np.ndenumerate(index.registers):
+            place = vector.extract(register, [], ir.DenseI64ArrayAttr.get([0]))
+            registers[i] = llvm.load(kind, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], element))
+        signed = True if isinstance(element, ir.IntegerType) else None
+        return fa.FragmentedArray(_registers=registers, _layout=made, _is_signed=signed)
+
+    return load(ref, index)  # pyright: ignore[reportCallIssue]
+
+
+def join(
+    o: Float[Array, "BK P M H"],
+    lse: Float[Array, "BK P M"],
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T K G H"]:
+    """Joins P parts of one softmax: outputs and the logarithms, to base 2, of their sums (-inf: the part saw nothing).
+
+    The outputs are those of each part alone (arXiv:2307.08691, section 3.1); one that saw nothing may hold anything.
+    `shape` is that of the result, whose rows, (token, head), are the last T G of M. Sums in f32, part by part.
+    """
+    _, t, kv_heads, group, width = shape
+    heads, parts, m, _ = o.shape
+    threads = math.gcd(width, WARPS * LANES)  # one has a column; the parts are loaded at once
+    columns = _columns(threads)
+
+    def body(o_gmem, lse_gmem, out_gmem):
+        head, index, piece = (lax.axis_index(name) for name in ("head", "index", "piece"))
+        mine, cols = m - t * group + index, pl.ds(piece * threads, threads)
+        sums = [lse_gmem[head, p, mine] for p in range(parts)]
+        xs = [plgpu.load(o_gmem.at[head, p, mine, cols], layout=columns, optimized=False) for p in range(parts)]
+        top = reduce(jnp.maximum, sums, jnp.float32(LOWEST))
+        total, out = jnp.float32(0), plgpu.layout_cast(jnp.zeros((threads,), jnp.float32), columns)
+        for x, one in zip(xs, sums, strict=True):
+            weight = jnp.exp2(one - top)
+            total += weight
+            out += jnp.where(weight > 0, x * weight, 0)
+        out /= jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        place = lax.div(head, kv_heads), lax.div(index, group), lax.rem(head, kv_heads), lax.rem(index, group)
+        out_gmem[*place, cols] = out.astype(dtype)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        grid=(heads, t * group, width // threads),
+        grid_names=("head", "index", "piece"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
+    )(o, lse)
+
+
+def _columns(n: int) -> Any:
+    """A column for each thread; where there are fewer, several have the same."""
+    lanes = min(n, LANES)
+    used, spare = n // lanes, LANES // lanes
+    warps = [-3] * (used > 1) + [plgpu.Replicated(WARPS // used)] * (used < WARPS)
+    return layout([(n,), (lanes,), (1,)], warps, [-2] + [plgpu.Replicated(spare)] * (spare > 1))
 
 
 def _tiled(width: int, bits: int = 16) -> tuple:

@@ -1,0 +1,342 @@
+"""Products of a few tokens with packed weights, against float64: interpreted, lowered and compiled, and on a GPU."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mosaic
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+from test_limbs import integers
+
+from jaxinfer.layers.mlp import gelu_gate, silu_gate
+from jaxinfer.pallas.limbs import Limbs, limbs, limbs_reference
+from jaxinfer.pallas.matvec import beyond, product
+from jaxinfer.pallas.tiles import TILES
+from jaxinfer.quants import FORMATS, Packed
+
+LAYERS, LAYER = 2, 1
+quick = pytest.mark.usefixtures("quick_compiler")
+
+
+def packed(kind: str, rows: int, width: int, seed: int = 0) -> tuple[Packed, np.ndarray]:
+    """A stack of any codes and any scales, and its layer LAYER in float64 by gguf-py, from the same bytes.
+
+    Numbers of even rows are powers of 2 of both signs, so that products with small integers are exact in f32. Odd rows
+    have any finite ones; MXFP4's exponents are subnormal there, small and large.
+    """
+    kind_, rng = GGMLQuantizationType[kind], np.random.default_rng(seed)
+    form = FORMATS[kind_]
+    raw = np.frombuffer(bytearray(rng.bytes(LAYERS * rows * width // form.block * form.size)), np.uint8)
+    raw = raw.reshape(LAYERS, rows, -1, form.size)
+    planes = form.split(raw)
+    for name, plane in planes.items():
+        even, odd = plane[:, ::2], plane[:, 1::2]
+        if plane.dtype == np.float16:
+            even[...] = rng.choice([-1, 1], even.shape) * 2.0 ** rng.integers(-1, 2, even.shape)
+            odd[~np.isfinite(odd)] = -65504
+        elif kind == "MXFP4" and name == "e":
+            even[...], odd[...] = rng.integers(120, 127, even.shape), rng.integers(0, 200, odd.shape)
+            odd[:, 0] %= 2
+    values = dequantize(raw[LAYER].reshape(rows, -1), kind_).astype(np.float64)
+    return Packed({name: jnp.asarray(plane) for name, plane in planes.items()}, form), values
+
+
+def activations(m: int, width: int, seed: int = 0) -> jax.Array:
+    """The first token has small integers, the others magnitudes over 2^12 or so, and runs over 2^10."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((m, width // 32, 32)) * 2.0 ** rng.integers(-5, 5, (m, width // 32, 1))
+    x[0] = rng.integers(-3, 4, x[0].shape)
+    return jnp.asarray(x.reshape(m, width), jnp.bfloat16)
+
+
+def limbs_of(x: jax.Array) -> Limbs:
+    return limbs_reference(x, None, 0, None)
+
+
+def wanted(x: Limbs, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The product [M, F] with the numbers that the limbs stand for, and how far off f32 may be.
+
+    A weight is made of a code times a scale, and an offset, which may cancel: each is up to 4 times as large as the
+    largest weight of 16 with such codes. Those products are rounded 4 times before they are added: 4 a step of 1024
+    elements, 8 columns, 4 warps of 2 warpgroups. What is subnormal may be 0, scales of up to 12 times as much as well.
+    """
+    values = integers(x) * np.repeat(np.asarray(x.scale, np.float64), 32, axis=1)
+    width = w.shape[1]
+    largest, size = np.abs(w).reshape(len(w), -1, 16).max(2), np.abs(values).reshape(len(values), -1, 16).sum(2)
+    roundings = 4 + 4 * -(-width // 1024) + 8 + 8
+    noise = roundings * 2.0**-24 * 4 * size @ largest.T
+    return values @ w.T, noise + 2.0**-126 * (width + 12 * size.sum(1, keepdims=True))
+
+
+def check(got: jax.Array, want: np.ndarray, noise: np.ndarray) -> None:
+    """A bf16 result is rounded by 2^-8 at most."""
+    unit = 2.0**-8 if got.dtype == jnp.bfloat16 else 0.0
+    assert (got.shape, np.isfinite(want).all()) == (want.shape, True)
+    assert (np.abs(np.asarray(got, np.float64) - want) <= noise + unit * (np.abs(want) + noise)).all()
+
+
+@partial(jax.jit, static_argnames=("combine", "dtype", "warpgroups"))
+def interpreted(x, weights, layer, **options):
+    return product(x, weights, layer, **{"dtype": jnp.float32} | options, interpret=True)
+
+
+kernel = partial(mosaic.interpret, interpreted)
+
+
+def test_there_is_a_kernel_for_every_format():
+    assert TILES.keys() == {form.name for form in FORMATS.values()}
+
+
+@quick
+@pytest.mark.parametrize(("kind", "width"), list(zip(TILES, cycle([1280, 1024, 1536, 1792, 2304]))))
+def test_against_float64(kind, width):
+    """Of small integers and powers of 2 every sum is exact, so that not one bit of a code or scale may be wrong."""
+    w, values = packed(kind, 16, width)
+    x = limbs_of(activations(2, width))
+    (got,) = kernel(x, [[w]], LAYER, warpgroups=1)
+    check(got, *(want := wanted(x, values)))
+    np.testing.assert_array_equal(got[0, ::2], want[0][0, ::2])
+
+
+def gate(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The activation, and its formula; the slope of both is below 1.2."""
+    if kind == "silu":
+        return silu_gate, lambda g: g / (1 + np.exp(-np.maximum(g, -700)))
+    return gelu_gate, lambda g: g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A launch: sets of weights, each a format and rows."""
+
+    tokens: int
+    width: int
+    sets: Sequence[Sequence[tuple[str, int]]]
+    combine: str | None = None
+    residual: bool = False
+    dtype: str = "float32"
+    warpgroups: int | None = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        combine = None if self.combine is None else gate(self.combine)[0]
+        return {"combine": combine, "dtype": self.dtype, "warpgroups": self.warpgroups}
+
+    def operands(self) -> tuple[Limbs, list[list[Packed]], list[list[np.ndarray]], jax.Array | None]:
+        made = [
+            [packed(kind, rows, self.width, seed=10 * i + j) for j, (kind, rows) in enumerate(one)]
+            for i, one in enumerate(self.sets)
+        ]
+        weights, values = ([[w[k] for w in one] for one in made] for k in (0, 1))
+        residual = np.random.default_rng(9).standard_normal((self.tokens, self.sets[0][0][1])) * 1e3
+        x = limbs_of(activations(self.tokens, self.width))
+        return x, weights, values, jnp.asarray(residual, jnp.bfloat16) if self.residual else None
+
+
+def check_case(case: Case, got: Sequence[jax.Array], x: Limbs, values: Sequence[Sequence[np.ndarray]], residual: Any):
+    assert len(got) == len(values)
+    for y, of in zip(got, values, strict=True):
+        assert y.dtype == case.dtype
+        want, noise = wanted(x, of[0])
+        if case.combine is not None:
+            act, (up, up_noise) = gate(case.combine)[1], wanted(x, of[1])
+            noise = 1.2 * noise * (np.abs(up) + up_noise) + np.abs(act(want)) * up_noise
+            want = act(want) * up
+            noise += 2.0**-20 * np.abs(want)  # an exp and some products in f32
+        if residual is not None:
+            want = want + np.asarray(residual, np.float64)
+            noise = noise + 2.0**-24 * (np.abs(want) + noise)
+        check(y, want, noise)
+
+
+ONE, QKV = [[("Q4_K", 16)]], [[("Q4_K", 32)], [("Q6_K", 16)], [("Q8_0", 16)]]
+CASES = {
+    "3 tokens": Case(tokens=3, width=1024, sets=ONE),
+    "4 tokens, 48 rows": Case(tokens=4, width=1280, sets=[[("Q8_0", 48)]], dtype="bfloat16"),
+    "2 warpgroups": Case(tokens=1, width=2048, sets=ONE, warpgroups=2, dtype="bfloat16"),
+    "2 warpgroups, 3 steps, residual": Case(
+        tokens=2, width=2304, sets=[[("Q6_K", 16)]], warpgroups=2, residual=True, dtype="bfloat16"
+    ),
+    "5 tokens, residual": Case(tokens=5, width=1024, sets=[[("Q5_K", 16)]], residual=True),
+    "gate and up": Case(tokens=2, width=1280, sets=[[("Q4_K", 16)] * 2], combine="silu", dtype="bfloat16"),
+    "gate and up, 2 formats, 2 warpgroups": Case(
+        tokens=1, width=2048, sets=[[("Q6_K", 16), ("Q4_0", 16)]], combine="gelu", warpgroups=None
+    ),
+    "q, k, v": Case(tokens=1, width=1536, sets=QKV, dtype="bfloat16"),
+}
+
+
+@quick
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_launches_against_float64(case):
+    x, weights, values, residual = case.operands()
+    got = kernel(x, weights, LAYER, residual=residual, **case.options)
+    check_case(case, got, x, values, residual)
+
+
+@quick
+def test_bits_depend_neither_on_other_tokens_nor_on_other_weights():
+    case = Case(tokens=16, width=1280, sets=[[("Q4_K", 16)], [("Q6_K", 16)]])
+    x, weights, values, _ = case.operands()
+    got = kernel(x, weights, LAYER)
+    check_case(case, got, x, values, None)
+    for some in (slice(0, 5), slice(6, 7), slice(15, 16)):
+        fewer = kernel(jax.tree.map(lambda a, some=some: a[some], x), weights, LAYER)
+        jax.tree.map(np.testing.assert_array_equal, fewer, tuple(y[some] for y in got))
+    for w, y in zip(weights, got, strict=True):
+        np.testing.assert_array_equal(kernel(jax.tree.map(lambda a: a[:1], x), [w], LAYER)[0], y[:1])
+
+
+@quick
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_extreme_activations(kind):
+    """A nan or infinity is seen in every result of its token, and in no other's."""
+    w, values = packed(kind, 16, 1280)
+    w, values = jax.tree.map(lambda a: jnp.repeat(a[:, ::2], 2, axis=1), w), np.repeat(values[::2], 2, axis=0)
+    base = jax.random.normal(jax.random.key(0), (4, 1280), jnp.bfloat16)
+    x = limbs_of(base)
+    for run in (0, 39):  # in which the first and the last token have something that is no number
+        scale, sums = (a.at[jnp.array([0, 3]), run].set(jnp.nan) for a in (x.scale, x.sums.reshape(4, -1, 2)))
+        (got,) = kernel(replace(x, scale=scale, sums=sums.reshape(4, -1)), [[w]], LAYER)
+        assert np.isnan(got[::3]).all()
+        check(got[1:3], *wanted(limbs_of(base[1:3]), values))
+    x = limbs_of(base * jnp.asarray([[1e30], [1e-30], [0], [1]], jnp.bfloat16))
+    (got,) = kernel(x, [[w]], LAYER)
+    check(got, *wanted(x, values))
+    assert not got[2].any()
+    assert got[1].any()
+
+
+@quick
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_a_scale_that_is_no_number_is_seen_in_its_row_alone(kind):
+    """Units 0 to 3 are one step, the next takes 1 to 4; each of them in a row of its own, and all of another layer."""
+    w, _ = packed(kind, 16, 1280)
+    x = limbs_of(activations(4, 1280))
+    poisoned, units = w.planes["d"].at[1 - LAYER].set(jnp.nan), jnp.arange(5)
+    for poison in (jnp.inf, jnp.nan):
+        poisoned = poisoned.at[LAYER, 2 * units + 1, units].set(poison)
+        got, clean = (
+            kernel(x, [[replace(w, planes=w.planes | {"d": d})]], LAYER)[0] for d in (poisoned, w.planes["d"])
+        )
+        bad = np.isin(np.arange(16), 2 * units + 1)
+        assert not np.isfinite(got[:, bad]).any()
+        np.testing.assert_array_equal(got[:, ~bad], clean[:, ~bad])
+
+
+def shapes(kind: str, rows: int, width: int) -> Packed:
+    """A stack, without its bytes."""
+    form = FORMATS[GGMLQuantizationType[kind]]
+    planes = form.split(np.broadcast_to(np.uint8(0), (1, form.size)).copy())
+    lead = (LAYERS, rows, width // form.block)
+    return Packed({k: jax.ShapeDtypeStruct((*lead, p.shape[-1]), p.dtype) for k, p in planes.items()}, form)
+
+
+def test_what_is_beyond_the_kernel():
+    assert beyond(shapes("Q4_K", 16, 1024)) is None
+    assert beyond(shapes("Q8_0", 48, 1280)) is None
+    for rows, width in ((24, 1024), (16, 768), (16, 1056)):
+        assert beyond(shapes("Q8_0", rows, width)) == (
+            f"{rows} x {width} are not rows by 16 of units of 256, 4 at least"
+        )
+    assert beyond(jnp.zeros((2, 16, 1024), jnp.bfloat16)) == "bfloat16 is not packed"
+    known = shapes("Q4_0", 16, 1024)
+    assert beyond(replace(known, format=replace(known.format, name="Q1_0"))) == "Q1_0 is read by no kernel"
+
+
+def launches(kinds: Sequence[str], rows: int = 32, width: int = 2304) -> Iterator[mosaic.Program]:
+    """Each format for one token by one warpgroup, and for four by two; and what models launch."""
+    cases = {
+        f"{kind}, {m} tokens, {groups} warpgroups": Case(
+            tokens=m, width=width, sets=[[(kind, rows)]], warpgroups=groups, residual=groups == 2, dtype="bfloat16"
+        )
+        for kind in kinds
+        for m, groups in ((1, 1), (4, 2))
+    }
+    for m in (1, 4):
+        cases |= {f"{name}, {m} tokens": replace(CASES[name], tokens=m) for name in ("gate and up", "q, k, v")}
+        cases[f"gate and up, 2 formats, {m} tokens"] = replace(
+            CASES["gate and up, 2 formats, 2 warpgroups"], tokens=m, warpgroups=1
+        )
+    for name, case in cases.items():
+        x = jax.eval_shape(lambda case=case: limbs_of(jnp.zeros((case.tokens, case.width), jnp.bfloat16)))
+        weights = [[shapes(kind, n, case.width) for kind, n in one] for one in case.sets]
+        residual = jax.ShapeDtypeStruct((case.tokens, case.sets[0][0][1]), jnp.bfloat16) if case.residual else None
+
+        def f(x, weights, layer, residual, case=case):
+            return product(x, weights, layer, residual=residual, **case.options)
+
+        yield name, f, (x, weights, jax.ShapeDtypeStruct((), jnp.int32), residual)
+
+
+def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
+    yield from launches(tuple(TILES))
+
+
+@pytest.mark.parametrize("kind", TILES)
+def test_lowered_for_a_gpu(kind):
+    for _, f, args in list(launches([kind]))[: None if kind == "Q4_K" else 2]:
+        assert "mosaic_gpu" in mosaic.lower(f, *args, arch=(9, 0))
+
+
+@mosaic.needs_ptxas
+def test_compiled_for_a_gpu_without_spills():
+    reports = mosaic.ptxas("test_matvec", (9, 0))
+    assert reports.keys() == {name for name, *_ in programs((9, 0))}
+    assert not {name: report for name, report in reports.items() if report[1]}
+
+
+@partial(jax.jit, static_argnames=("combine", "dtype"))
+def launched(x, weights, layer, **options):
+    return product(limbs(x, None, 0, None), weights, layer, **{"dtype": jnp.float32} | options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "rows", "width"),
+    [
+        *((kind, 12288, 4096) for kind in TILES),
+        *((kind, 4096, 12288) for kind in ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "IQ4_XS", "MXFP4")),
+        *((kind, 5376, 21504) for kind in ("Q4_K", "Q6_K", "Q8_0", "Q4_0")),
+        ("Q6_K", 151936, 4096),
+        ("Q5_K", 1024, 2816),
+    ],
+)
+def test_on_a_gpu_at_full_size(kind, rows, width):
+    """Every 61st row, of both kinds; and bits of each token alone."""
+    w, values = packed(kind, rows, width)
+    x, some = activations(16, width), slice(None, None, 61)
+    (got,) = launched(x, [[w]], LAYER)
+    check(got[:, some], *(want := wanted(limbs_of(x), values[some])))
+    np.testing.assert_array_equal(got[0, some][::2], want[0][0][::2])
+    np.testing.assert_array_equal(launched(x, [[w]], LAYER)[0], got)
+    for token in range(16):
+        np.testing.assert_array_equal(launched(x[token : token + 1], [[w]], LAYER)[0][0], got[token])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tokens=1, width=4096, sets=[[("Q4_K", 12288)] * 2], combine="silu", dtype="bfloat16"),
+        Case(tokens=1, width=5376, sets=[[("Q4_K", 21504), ("Q6_K", 21504)]], combine="gelu"),
+        Case(tokens=1, width=4096, sets=[[("Q4_K", 4096)], [("Q4_K", 1024)], [("Q6_K", 1024)]], dtype="bfloat16"),
+        Case(tokens=1, width=12288, sets=[[("Q6_K", 4096)]], residual=True, dtype="bfloat16"),
+    ],
+    ids=["gate and up", "gate and up, 2 formats", "q, k, v", "residual"],
+)
+def test_launches_on_a_gpu_at_full_size(case, tokens):
+    case = replace(case, tokens=tokens, warpgroups=None)
+    x, weights, values, residual = case.operands()
+    run = jax.jit(partial(product, **case.options))
+    got = run(x, weights, LAYER, residual=residual)
+    check_case(case, got, x, values, residual)
+    jax.tree.map(np.testing.assert_array_equal, run(x, weights, LAYER, residual=residual), got)

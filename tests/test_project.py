@@ -1,0 +1,262 @@
+"""Products of one x with several weights, as layers ask for them: by kernels that are interpreted, and without."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mosaic
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+from models import random_blocks, rms_norm
+from test_matvec import gate
+
+from jaxinfer import decoder
+from jaxinfer.cache import KVCache
+from jaxinfer.decoder import Config, LayerParams
+from jaxinfer.layers.attention import AttentionParams, AttentionSpec
+from jaxinfer.layers.linear import Linear, linear, linears
+from jaxinfer.layers.mlp import MlpParams
+from jaxinfer.layers.rope import Rope, frequencies
+from jaxinfer.ops import HOPPER, REFERENCE
+from jaxinfer.ops import matmul as matmul_ops
+from jaxinfer.ops.matmul import Norm, matmul_hopper, matmul_reference, project_hopper, project_reference
+from jaxinfer.quants import FORMATS, Packed, Weight, dense
+
+LAYERS, LAYER, WIDTH, EPS = 2, 1, 1024, 1e-3
+KERNEL = "[packed codes and activations of 15 bits]"
+NARROW = "24 x 1024 are not rows by 16 of units of 256, 4 at least"
+PACKED = REFERENCE._replace(matmul=matmul_hopper, project=project_hopper)
+quick = pytest.mark.usefixtures("quick_compiler")
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops' kernels run on a CPU."""
+    for module, name in ((matmul_ops, "limbs"), (matmul_ops.matvec, "product")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = jnp.bfloat16) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
+
+
+def stack(kind: str, rows: int, width: int = WIDTH, seed: int = 0) -> tuple[Weight, np.ndarray]:
+    """Layers of a weight, and the one that is used in float64."""
+    if kind == "BF16":
+        w = normal(LAYERS, rows, width, seed=seed) * jnp.bfloat16(2.0**-5)
+        return w, np.asarray(w[LAYER], np.float64)
+    form = FORMATS[GGMLQuantizationType[kind]]
+    raw = random_blocks(GGMLQuantizationType[kind], (LAYERS, rows, width), std=width**-0.5, seed=seed)
+    planes = form.split(raw.reshape(LAYERS, rows, -1, form.size))
+    values = dequantize(raw[LAYER], GGMLQuantizationType[kind]).astype(np.float64)
+    return Packed({name: jnp.asarray(plane) for name, plane in planes.items()}, form), values
+
+
+def marks(f: Callable[..., Any], *args: Any) -> str:
+    return jax.make_jaxpr(f)(*args).pretty_print(name_stack=True)
+
+
+def check(got: jax.Array, want: np.ndarray, size: np.ndarray) -> None:
+    """What is normed, a weight, a product and a sum are rounded to bf16, each by 2^-8 at most: they do not add up.
+
+    The `size` of an element is the root of the sum of the squares of its terms. 6 * 2^-8 are 5 standard deviations.
+    """
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_less(np.abs(np.asarray(got, np.float64) - want), 6 * 2.0**-8 * size + 2.0**-20)
+
+
+def products(x: jax.Array, ws: Sequence[np.ndarray], norm: Norm | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each product and its size."""
+    y = np.asarray(x, np.float64)
+    y = y if norm is None else rms_norm(y, np.asarray(norm.weight[LAYER], np.float64), norm.eps)
+    return [(y @ w.T, np.sqrt(y**2 @ (w**2).T)) for w in ws]
+
+
+def combined(kind: str, gates: tuple[np.ndarray, ...], ups: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+    act = gate(kind)[1]
+    size = np.hypot(1.2 * gates[1] * np.abs(ups[0]), np.abs(act(gates[0])) * ups[1])
+    return act(gates[0]) * ups[0], size + 1.2 * gates[1] * 6 * 2.0**-8 * ups[1]
+
+
+CASES = {  # batch and tokens, weights, norm, activation, residual
+    "q, k, v": ((2, 3), (("Q4_K", 32), ("Q4_K", 16), ("Q6_K", 16)), True, None, False),
+    "gate and up": ((1, 1), (("Q4_K", 16), ("Q5_K", 16)), True, "silu", False),
+    "gate and up, residual": ((2, 1), (("Q8_0", 16), ("Q8_0", 16)), False, "gelu", True),
+    "residual": ((4, 1), (("Q6_K", 32),), False, None, True),
+    "one by one": ((1, 2), (("Q4_K", 16), ("Q4_K", 24), ("BF16", 16)), True, None, False),
+}
+
+
+@quick
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("hopper", [True, False], ids=["hopper", "reference"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_against_float64(case, hopper):
+    lead, kinds, normed, act, residual = case
+    made = [stack(kind, rows, seed=i) for i, (kind, rows) in enumerate(kinds)]
+    ws, values = tuple(w for w, _ in made), [v for _, v in made]
+    x, before = normal(*lead, WIDTH, seed=7), normal(*lead, kinds[0][1], seed=8) if residual else None
+    norm = Norm(1 + normal(LAYERS, WIDTH, seed=9, dtype=jnp.float32) / 4, EPS) if normed else None
+    matmul, project = (matmul_hopper, project_hopper) if hopper else (matmul_reference, project_reference)
+
+    def run(x, ws, layer, norm, before):
+        combine = None if act is None else gate(act)[0]
+        return project(x, ws, layer, matmul=matmul, norm=norm, combine=combine, residual=before)
+
+    args = x, ws, jnp.int32(LAYER), norm, before
+    assert (KERNEL in marks(run, *args)) == hopper
+    got = (mosaic.interpret if hopper else lambda f, *args: f(*args))(jax.jit(run), *args)
+    wants = products(x, values, norm)
+    wants = wants if act is None else [combined(act, *wants)]
+    assert len(got) == len(wants)
+    for y, (want, size) in zip(got, wants, strict=True):
+        want, size = (want, size) if before is None else (want + np.asarray(before, np.float64), size + np.abs(before))
+        check(y, want, size)
+
+
+def test_a_program_says_which_way_it_takes_and_why():
+    def way(lead: tuple[int, ...], *kinds: tuple[str, int], width: int = WIDTH) -> str:
+        ws = tuple(stack(kind, rows, width)[0] for kind, rows in kinds)
+        run = partial(project_hopper, matmul=matmul_hopper)
+        return marks(lambda x, ws, layer: run(x, ws, layer), normal(*lead, width), ws, jnp.int32(1))
+
+    for lead in ((1, 1), (16, 1), (2, 8)):
+        text = way(lead, ("Q4_K", 16), ("Q6_K", 32))
+        assert KERNEL in text
+        assert "one by one" not in text
+    text = way((1, 17), ("Q4_K", 16))
+    assert "[product]" in text
+    assert KERNEL not in text
+    text = way((1, 1), ("BF16", 16), ("BF16", 16))
+    assert "[multiply and sum, in place]" in text
+    assert "one by one" not in text
+    text = way((1, 1), ("Q4_K", 16), ("Q4_K", 24))
+    assert f"[one by one; {NARROW}]/{KERNEL}" in text  # what the kernel covers
+    assert f"[one by one; {NARROW}]/[decoded by XLA; {NARROW}]/[multiply and sum, in place]" in text
+    text = way((1, 1), ("Q4_K", 16), ("BF16", 16))
+    assert f"[one by one; bfloat16 is not packed]/{KERNEL}" in text
+    assert "[decoded by XLA; 16 x 768 are not rows" in way((1, 1), ("Q4_K", 16), width=768)
+
+
+@quick
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_weight_alone(dtype):
+    """A head is no stack, and its products are f32."""
+    w, values = stack("Q6_K", 32)
+    alone, x = jax.tree.map(lambda plane: plane[LAYER], w), normal(1, 3, WIDTH)
+    run = jax.jit(partial(matmul_hopper, dtype=dtype))
+    assert KERNEL in marks(run, x, alone)
+    got = mosaic.interpret(run, x, alone)
+    assert got.dtype == dtype
+    ((want, size),) = products(x, [values], None)
+    check(got.astype(jnp.bfloat16), want, size)
+
+
+@quick
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("act", [None, "silu"])
+def test_biases(act):
+    """On some of the maps, which are one launch all the same; a combination comes after them."""
+    kinds, biased = (("Q4_K", 16), ("Q6_K", 16), ("Q4_K", 32)), (True, False, True)
+    made = [stack(kind, rows, seed=i) for i, (kind, rows) in enumerate(kinds[: 3 if act is None else 2])]
+    biases = [3 * normal(LAYERS, v.shape[0], seed=20 + i, dtype=jnp.float32) for i, (_, v) in enumerate(made)]
+    maps = tuple(Linear(w, b if yes else None) for (w, _), b, yes in zip(made, biases, biased, strict=False))
+    x, norm = normal(1, 2, WIDTH, seed=7), Norm(1 + normal(LAYERS, WIDTH, seed=9, dtype=jnp.float32) / 4, EPS)
+
+    def run(x, maps, layer):
+        return linears(maps, layer, x, PACKED, norm=norm, combine=None if act is None else gate(act)[0])
+
+    text = marks(run, x, maps, jnp.int32(LAYER))
+    assert KERNEL in text
+    assert "one by one" not in text
+    got = mosaic.interpret(jax.jit(run), x, maps, jnp.int32(LAYER))
+    wants = products(x, [v for _, v in made], norm)
+    for i, b in enumerate(biases):
+        if biased[i]:
+            bias = np.asarray(b[LAYER], np.float64)
+            wants[i] = wants[i][0] + bias, wants[i][1] + np.abs(bias)
+    for y, one in zip(got, wants if act is None else [combined(act, *wants)], strict=True):
+        check(y, *one)
+
+
+@quick
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_map_with_a_residual(biased):
+    w, values = stack("Q5_K", 16)
+    bias = normal(LAYERS, 16, seed=3, dtype=jnp.float32)
+    x, before = normal(2, 1, WIDTH, seed=7), normal(2, 1, 16, seed=8)
+    p = Linear(w, bias if biased else None)
+    got = mosaic.interpret(jax.jit(lambda p, x, before: linear(p, LAYER, x, PACKED, before)), p, x, before)
+    ((want, size),) = products(x, [values], None)
+    for more in (np.asarray(before, np.float64), np.asarray(bias[LAYER], np.float64))[: 1 + biased]:
+        want, size = want + more, size + np.abs(more)
+    check(got, want, size)
+
+
+def network() -> tuple[LayerParams, Config]:
+    """A layer as wide as the kernel needs, with a head of 128 for 4 queries and a network of as much again."""
+
+    def one(kind: str, rows: int, seed: int) -> Linear:
+        return Linear(stack(kind, rows, seed=seed)[0])
+
+    norms = [1 + normal(LAYERS, n, seed=30 + i, dtype=jnp.float32) / 4 for i, n in enumerate((WIDTH, WIDTH, 128, 128))]
+    mixer = AttentionParams(one("Q4_K", WIDTH, 0), one("Q4_K", 128, 1), one("Q6_K", 128, 2), one("Q4_K", WIDTH, 3))
+    mixer = AttentionParams(mixer.q, mixer.k, mixer.v, mixer.o, *norms[2:])
+    ffn = MlpParams(one("Q4_K", WIDTH, 4), one("Q4_K", WIDTH, 5), one("Q6_K", WIDTH, 6))
+    spec = AttentionSpec(
+        kv_heads=1, group=8, width=128, scale=128**-0.5, rope=Rope(tuple(frequencies(1e4, 128)), False), eps=EPS
+    )
+    config = Config(
+        layers=LAYERS,
+        width=WIDTH,
+        vocab=0,
+        context=64,
+        eps=EPS,
+        dtype=np.dtype(jnp.bfloat16),
+        mixers=(("full", spec),),
+    )
+    return LayerParams(norms[0], mixer, norms[1], ffn), config
+
+
+def test_a_layer_of_a_model_is_four_launches():
+    """As lowered for a GPU: norm and product of q, k, v; the output; of gate and up; of down. Each with its limbs."""
+    params, config = network()
+    ((_, spec),) = config.mixers
+    cache = spec.cache(LAYERS, 1, 16, 1, jnp.bfloat16)
+
+    def step(p, x, cache):
+        return decoder.layer(p, LAYER, x, jnp.full((1, 1), 5), cache, config, PACKED)
+
+    assert mosaic.lower(step, params, normal(1, 1, WIDTH), cache, arch=(9, 0)).count("mosaic_gpu_v2") == 8
+    text = marks(lambda p, x, cache: step(p, x, cache), params, normal(1, 1, WIDTH), cache)
+    assert "one by one" not in text
+    assert HOPPER.project is PACKED.project
+    assert HOPPER.matmul is PACKED.matmul
+
+
+@quick
+@pytest.mark.usefixtures("interpreted")
+def test_a_layer_of_a_model():
+    """As near to the reference in f32, on decoded weights, as the reference in bf16 is."""
+    params, config = network()
+    decoded = jax.tree.map(dense, params, is_leaf=lambda w: isinstance(w, Packed))
+    x, pos = normal(1, 1, WIDTH, seed=7), jnp.full((1, 1), 6)
+    k, v = (normal(LAYERS, 1, 1, 16, 128, seed=s) for s in (40, 41))
+    cache = KVCache(k, v, jnp.broadcast_to(jnp.where(jnp.arange(16) < 6, jnp.arange(16), -1), (LAYERS, 1, 1, 16)))
+
+    @partial(jax.jit, static_argnums=3)
+    def step(p, x, cache, ops):
+        return decoder.layer(p, LAYER, x, pos, cache, config, ops)[0]
+
+    cache_f32 = replace(cache, k=k.astype(jnp.float32), v=v.astype(jnp.float32))
+    want = np.asarray(step(decoded, x.astype(jnp.float32), cache_f32, REFERENCE), np.float64)
+    outs = step(params, x, cache, REFERENCE), mosaic.interpret(step, params, x, cache, PACKED)
+    other, own = (np.linalg.norm(np.asarray(y, np.float64) - want) for y in outs)
+    assert own <= 1.25 * other
