@@ -168,7 +168,7 @@ def _slower(op: str, function: Any, device: Device, dtype: np.dtype, packed: boo
         if function is getattr(default_ops(device, dtype), op):
             return "the kernels take bfloat16 and float16 alone"
         return f"{_name(best)} is the fastest on this device"
-    if device.platform == "cpu" and op == "matmul" and packed:
+    if device.platform == "cpu" and op in ("matmul", "project") and packed:
         return "packed weights are decoded for every product"
     return None
 

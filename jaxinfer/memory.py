@@ -30,7 +30,7 @@ from jaxinfer.ops.attention import BLOCK, TILE, attention_ampere, attention_bloc
 from jaxinfer.ops.delta import CHUNK
 from jaxinfer.ops.delta import FEW as FEW_STEPS
 from jaxinfer.ops.experts import tile_of
-from jaxinfer.ops.matmul import FEW, matmul_gpu
+from jaxinfer.ops.matmul import FEW, matmul_gpu, matmul_hopper
 from jaxinfer.pallas.bounds import beyond
 from jaxinfer.pallas.flash_mma import FEW as KEYS_IN_PARTS
 from jaxinfer.pallas.flash_mma import blocks_for
@@ -301,7 +301,7 @@ class _Call:
 
     def decoded(self, *weights: Any, repeats: int) -> int:
         """One layer's weights as a product takes them: decoded, or copied out of the stack where it must be."""
-        gpu = self.model.ops.matmul is matmul_gpu
+        gpu = self.model.ops.matmul in (matmul_gpu, matmul_hopper)
         if gpu and self.rows <= FEW:
             return 0
         total = 0

@@ -200,18 +200,22 @@ def test_a_map_with_a_residual(biased):
     check(got, want, size)
 
 
-def network() -> tuple[LayerParams, Config]:
-    """A layer as wide as the kernel needs, with a head of 128 for 4 queries and a network of as much again."""
+def network(heads: int, ffn: int, o_kind: str, down_kind: str) -> tuple[LayerParams, Config]:
+    """A layer as wide as the kernel needs, with heads of 128."""
 
-    def one(kind: str, rows: int, seed: int) -> Linear:
-        return Linear(stack(kind, rows, seed=seed)[0])
+    def one(kind: str, rows: int, seed: int, width: int = WIDTH) -> Linear:
+        return Linear(stack(kind, rows, width, seed)[0])
 
     norms = [1 + normal(LAYERS, n, seed=30 + i, dtype=jnp.float32) / 4 for i, n in enumerate((WIDTH, WIDTH, 128, 128))]
-    mixer = AttentionParams(one("Q4_K", WIDTH, 0), one("Q4_K", 128, 1), one("Q6_K", 128, 2), one("Q4_K", WIDTH, 3))
-    mixer = AttentionParams(mixer.q, mixer.k, mixer.v, mixer.o, *norms[2:])
-    ffn = MlpParams(one("Q4_K", WIDTH, 4), one("Q4_K", WIDTH, 5), one("Q6_K", WIDTH, 6))
+    q, k, v, o = (
+        one("Q4_K", 128 * heads, 0),
+        one("Q4_K", 128, 1),
+        one("Q6_K", 128, 2),
+        one(o_kind, WIDTH, 3, 128 * heads),
+    )
+    ffn_ = MlpParams(one("Q4_K", ffn, 4), one("Q4_K", ffn, 5), one(down_kind, WIDTH, 6, ffn))
     spec = AttentionSpec(
-        kv_heads=1, group=8, width=128, scale=128**-0.5, rope=Rope(tuple(frequencies(1e4, 128)), False), eps=EPS
+        kv_heads=1, group=heads, width=128, scale=128**-0.5, rope=Rope(tuple(frequencies(1e4, 128)), False), eps=EPS
     )
     config = Config(
         layers=LAYERS,
@@ -222,12 +226,12 @@ def network() -> tuple[LayerParams, Config]:
         dtype=np.dtype(jnp.bfloat16),
         mixers=(("full", spec),),
     )
-    return LayerParams(norms[0], mixer, norms[1], ffn), config
+    return LayerParams(norms[0], AttentionParams(q, k, v, o, *norms[2:]), norms[1], ffn_), config
 
 
 def test_a_layer_of_a_model_is_four_launches():
     """As lowered for a GPU: norm and product of q, k, v; the output; of gate and up; of down. Each with its limbs."""
-    params, config = network()
+    params, config = network(8, 1024, "Q4_K", "Q6_K")
     ((_, spec),) = config.mixers
     cache = spec.cache(LAYERS, 1, 16, 1, jnp.bfloat16)
 
@@ -244,8 +248,8 @@ def test_a_layer_of_a_model_is_four_launches():
 @quick
 @pytest.mark.usefixtures("interpreted")
 def test_a_layer_of_a_model():
-    """As near to the reference in f32, on decoded weights, as the reference in bf16 is."""
-    params, config = network()
+    """Nearer to the reference in f32, on decoded weights, than the reference in bf16 is, which rounds more."""
+    params, config = network(2, 64, "BF16", "BF16")
     decoded = jax.tree.map(dense, params, is_leaf=lambda w: isinstance(w, Packed))
     x, pos = normal(1, 1, WIDTH, seed=7), jnp.full((1, 1), 6)
     k, v = (normal(LAYERS, 1, 1, 16, 128, seed=s) for s in (40, 41))
@@ -259,4 +263,4 @@ def test_a_layer_of_a_model():
     want = np.asarray(step(decoded, x.astype(jnp.float32), cache_f32, REFERENCE), np.float64)
     outs = step(params, x, cache, REFERENCE), mosaic.interpret(step, params, x, cache, PACKED)
     other, own = (np.linalg.norm(np.asarray(y, np.float64) - want) for y in outs)
-    assert own <= 1.25 * other
+    assert own <= other

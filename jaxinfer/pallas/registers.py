@@ -15,7 +15,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
-from jaxtyping import Array, Int, Shaped, UInt8
+from jaxtyping import Array, Int, Shaped
 
 type Words = Shaped[Array, "16 4 4"]  # [row, warp, t]
 type Sums = Shaped[Array, "16 4 8"]  # [row, warp, column]
@@ -46,7 +46,7 @@ def bytes_layout(size: int) -> Any:
     return layout([(16, 4 * size), (8, size), (8, 16), (4,)], (-6,), (-3, -2))
 
 
-def words(x: Int[Array, "16 n"] | UInt8[Array, "16 n"], *, interpret: bool) -> tuple[Words, ...]:
+def words(x: Shaped[Array, "16 n"], *, interpret: bool) -> tuple[Words, ...]:
     """The little-endian words of each 16 bytes of a warp, in `bytes_layout`."""
     count = x.shape[1] // 64
     if interpret:
@@ -62,7 +62,7 @@ def words(x: Int[Array, "16 n"] | UInt8[Array, "16 n"], *, interpret: bool) -> t
     return relabel(x)  # pyright: ignore[reportCallIssue]
 
 
-def head_word(x: UInt8[Array, "16 4 4"], *, interpret: bool) -> Int[Array, "16 4"]:
+def head_word(x: Shaped[Array, "16 4 4"], *, interpret: bool) -> Heads:
     """The little-endian word of 4 bytes in HEAD_BYTES."""
     if interpret:
         return lax.bitcast_convert_type(x, jnp.int32)
