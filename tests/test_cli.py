@@ -448,7 +448,9 @@ def test_info(capfd, chatty):
     assert facts["cache"] == f"full: 256 slots, {size}; in all {size} for 256 tokens in chunks of 512"
     assert facts["weights"] == "expanded to float32, on cpu"
     assert facts["activations"] == "float32"
-    assert re.fullmatch(r"matmul: \w+, attention: \w+, experts: \w+, delta: \w+, votes: \w+", facts["ops"])
+    assert re.fullmatch(
+        r"matmul: \w+, attention: \w+, experts: \w+, delta: \w+, votes: \w+, store: \w+, project: \w+", facts["ops"]
+    )
     out = run(capfd, "info", "-m", chatty, "--no-expand", "--dtype", "bfloat16")[1]
     assert "with chat template" in out
     assert "segments:     1 x 3 (layer bodies compiled: 1, distinct: 1)" in out

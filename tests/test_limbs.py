@@ -134,6 +134,8 @@ def test_extremes(make):
 @both
 @pytest.mark.parametrize("poison", [-np.inf, np.nan])
 def test_an_infinity_or_nan_is_not_lost(make, poison):
+    wide = normal(4, 1280).at[1, 40].set(poison)  # XLA's CPU code drops a nan from maxima of some shapes
+    assert np.isnan(limbs_reference(wide, None, 0, None).scale[1, 1])
     x = normal(2, 512).at[1, 40].set(poison)
     out = make(x, None, 0, None)
     np.testing.assert_array_equal(np.isnan(out.scale), np.arange(16) == [[-1], [1]])  # its own run alone

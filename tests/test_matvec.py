@@ -183,15 +183,14 @@ def test_launches_against_float64(case):
 
 @quick
 def test_bits_depend_neither_on_other_tokens_nor_on_other_weights():
-    case = Case(tokens=16, width=1280, sets=[[("Q4_K", 16)], [("Q6_K", 16)]])
+    """Five tokens are two groups of four, one of them padded; up to sixteen on a GPU, below."""
+    case = Case(tokens=5, width=1280, sets=[[("Q4_K", 16)], [("Q6_K", 16)]])
     x, weights, values, _ = case.operands()
     got = kernel(x, weights, LAYER)
     check_case(case, got, x, values, None)
-    for some in (slice(0, 5), slice(6, 7), slice(15, 16)):
-        fewer = kernel(jax.tree.map(lambda a, some=some: a[some], x), weights, LAYER)
-        jax.tree.map(np.testing.assert_array_equal, fewer, tuple(y[some] for y in got))
-    for w, y in zip(weights, got, strict=True):
-        np.testing.assert_array_equal(kernel(jax.tree.map(lambda a: a[:1], x), [w], LAYER)[0], y[:1])
+    alone = kernel(jax.tree.map(lambda a: a[4:], x), weights, LAYER)
+    jax.tree.map(np.testing.assert_array_equal, alone, tuple(y[4:] for y in got))
+    np.testing.assert_array_equal(kernel(jax.tree.map(lambda a: a[:1], x), weights[1:], LAYER)[0], got[1][:1])
 
 
 @quick
@@ -282,7 +281,7 @@ def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
 
 @pytest.mark.parametrize("kind", TILES)
 def test_lowered_for_a_gpu(kind):
-    for _, f, args in list(launches([kind]))[: None if kind == "Q4_K" else 2]:
+    for _, f, args in list(launches([kind]))[: 5 if kind == "Q4_K" else 1]:
         assert "mosaic_gpu" in mosaic.lower(f, *args, arch=(9, 0))
 
 

@@ -43,7 +43,7 @@ def limbs_reference(x: Float[Array, "M D"], norm: Float[Array, "R D"] | None, la
     m, width = x.shape
     y = x if eps is None else rms_norm(x, None if norm is None else norm[layer], eps)
     y = y.astype(jnp.float32).reshape(m, -1, RUN)
-    scale, inverse = _scale(jnp.abs(y).max(axis=2))
+    scale, inverse = _scale(_bits(jnp.abs(y)).max(axis=2))  # of floats XLA's CPU code may drop a nan
     n = jnp.round(y * inverse[..., None]).astype(jnp.int32)
     low = ((n + 128) & 255) - 128
     both = jnp.stack([(n - low) >> 8, low], axis=2).reshape(m, -1, 2, 2, PART).swapaxes(2, 3)
@@ -52,9 +52,13 @@ def limbs_reference(x: Float[Array, "M D"], norm: Float[Array, "R D"] | None, la
     return Limbs(codes, scale, sums.reshape(m, -1))
 
 
-def _scale(largest: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """A run's scale, and its inverse: powers of 2, made of bits."""
-    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
+def _bits(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _scale(largest: Int[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """A run's scale, and its inverse, from the bits of its largest magnitude: powers of 2, made of bits."""
+    exponent = largest >> 23
     field = jnp.maximum(exponent - BITS, 127 + LEAST)
     scale, inverse = (lax.bitcast_convert_type(e << 23, jnp.float32) for e in (field, 254 - field))
     return jnp.where(exponent == 255, jnp.nan, scale), inverse
@@ -103,12 +107,12 @@ def limbs(
             row = row.astype(jnp.float32)
             y = y * lax.rsqrt((row * row).sum() * (1 / width) + eps)
             y = (y if weight is None else y * weight).astype(x.dtype).astype(jnp.float32)
-        scale, inverse = _scale(jnp.abs(y).max(axis=3).max(axis=2).max(axis=1))
-        bits = lax.bitcast_convert_type(y * across(inverse, 4) + ROUND, jnp.int32)
+        scale, inverse = _scale(_bits(jnp.abs(y).max(axis=3).max(axis=2).max(axis=1)))
+        bits = _bits(y * across(inverse, 4) + ROUND)
         shift = plgpu.broadcasted_iota(jnp.int32, shape, 3, layout=layout) << 3
         for limb, limb_bits in enumerate(((bits + 128) >> 8, bits)):
             codes_gmem[token, mine, :, limb] = ((limb_bits & 255) << shift).sum(axis=3)
-        n = bits - lax.bitcast_convert_type(jnp.float32(ROUND), jnp.int32)
+        n = bits - _bits(jnp.float32(ROUND))
         scale_gmem[token, mine] = scale
         sums_gmem[token, mine] = n.sum(axis=3).sum(axis=2).astype(jnp.float32) * across(scale, 2)
 
