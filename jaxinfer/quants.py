@@ -207,22 +207,22 @@ def _q6_k(p: Planes) -> Array:
     return _affine(_f32(codes) - 32, _f32(p["d"]) * _f32(p["scales"]))
 
 
-_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 def _iq4_nl(p: Planes) -> Array:
-    return _affine(jnp.asarray(_IQ4)[_bits(p["qs"], 4)], _f32(p["d"]))
+    return _affine(jnp.asarray(IQ4, jnp.float32)[_bits(p["qs"], 4)], _f32(p["d"]))
 
 
 def _iq4_xs(p: Planes) -> Array:
     scales = _bits(p["scales_l"], 4, runs=4) | _bits(p["scales_h"], 2, runs=2) << 4
-    return _affine(jnp.asarray(_IQ4)[_bits(p["qs"], 4, runs=8)], _f32(p["d"]) * (_f32(scales) - 32))
+    return _affine(jnp.asarray(IQ4, jnp.float32)[_bits(p["qs"], 4, runs=8)], _f32(p["d"]) * (_f32(scales) - 32))
 
 
 # A table of all values, f32 [exponent byte, code]: XLA's CPU backend takes subnormals (bytes 0, 1) for zeros.
-_E2M1_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
+E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 with np.errstate(over="ignore"):  # the largest become infinite, as in ggml
-    _MXFP4 = np.ldexp(_E2M1_TWICE, np.arange(256)[:, None] - 128).astype(np.float32)
+    _MXFP4 = np.ldexp(E2M1_TWICE, np.arange(256)[:, None] - 128).astype(np.float32)
 
 
 def _mxfp4(p: Planes) -> Array:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache import KVCache
 from jaxinfer.pallas.bounds import Visit, beyond, visit
+from jaxinfer.pallas.registers import tiled
 from jaxinfer.tree import Index
 
 ROWS = 64  # of a warpgroup's product
@@ -352,7 +353,7 @@ def _attend(
         pl.when(wg < COMPUTING)(compute)
 
     def smem(*shape: int) -> Any:
-        return plgpu.SMEM(shape, q.dtype, transforms=_tiled(math.gcd(half_width, keys)))
+        return plgpu.SMEM(shape, q.dtype, transforms=tiled(math.gcd(half_width, keys)))
 
     barriers = partial(plgpu.Barrier, num_barriers=stages)
     q_shape, kv_shape = (sets, halves, ROWS, half_width), (stages, halves, keys, half_width)
@@ -397,9 +398,3 @@ def _dot(acc: Array, a: Array, b: Any, interpret: bool) -> Array:
         plgpu.commit_smem()
         return acc + jnp.dot(a, values, preferred_element_type=acc.dtype)
     return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(ACC.init(acc))
-
-
-def _tiled(width: int) -> tuple:
-    """How rows of so many 16-bit numbers lie in shared memory, as products read them."""
-    swizzle = plgpu.find_swizzle(16 * width)
-    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache import KVCache
 from jaxinfer.pallas.bounds import beyond, part, visit
-from jaxinfer.pallas.registers import layout
+from jaxinfer.pallas.registers import inline, layout, tiled
 from jaxinfer.tree import Index
 
 FEW = 8  # tokens of a call up to which a row's keys are split
@@ -225,7 +225,7 @@ def _attend(
             if sinks_gmem is not None:
                 sink = _gather(sinks_gmem, kv_head * group + mate, ROW, interpret=interpret) * LOG2E
                 top, total = jnp.where(split == 0, sink, top), jnp.where(split == 0, total + 1, total)
-            spec = plgpu.BlockSpec((keys, width), lambda i: (stack * count + block(i), 0), transforms=_tiled(width))
+            spec = plgpu.BlockSpec((keys, width), lambda i: (stack * count + block(i), 0), transforms=tiled(width))
             pipeline = plgpu.emit_pipeline(
                 step,
                 grid=(stop - start,),
@@ -254,7 +254,7 @@ def _attend(
         out_type=out,
         grid=(heads, tiles, workers),
         grid_names=("head", "tile", "worker"),
-        scratch_types=[plgpu.SMEM((rows, keys), jnp.float32, transforms=_tiled(8, bits=32))],
+        scratch_types=[plgpu.SMEM((rows, keys), jnp.float32, transforms=tiled(8, bits=32))],
         # Before sm_90 a pipeline's length is data under this lowering alone.
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
@@ -278,7 +278,7 @@ def _gather(ref: Any, index: Int[Array, "*n"], layout: Any, *, interpret: bool) 
         return ref[...][index]
     out = plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=out)
+    @inline(arg_types=(plgpu.RefType(), layout), return_type=out)
     def load(ctx: Any, ref: Any, index: fa.FragmentedArray) -> fa.FragmentedArray:
         element, made = ir.MemRefType(ref.type).element_type, layout.to_mgpu()
         kind = ir.VectorType.get((made.vector_length,), element)
@@ -289,7 +289,7 @@ def _gather(ref: Any, index: Int[Array, "*n"], layout: Any, *, interpret: bool) 
         signed = True if isinstance(element, ir.IntegerType) else None
         return fa.FragmentedArray(_registers=registers, _layout=made, _is_signed=signed)
 
-    return load(ref, index)  # pyright: ignore[reportCallIssue]
+    return load(ref, index)
 
 
 def join(
@@ -341,10 +341,3 @@ def _columns(n: int) -> Any:
     used, spare = n // lanes, LANES // lanes
     warps = [-3] * (used > 1) + [plgpu.Replicated(WARPS // used)] * (used < WARPS)
     return layout([(n,), (lanes,), (1,)], warps, [-2] + [plgpu.Replicated(spare)] * (spare > 1))
-
-
-def _tiled(width: int, bits: int = 16) -> tuple:
-    """How rows of so many numbers lie in shared memory, for accesses without conflicts."""
-    swizzle = plgpu.find_swizzle(bits * width)
-    tiling, swizzling = plgpu.TilingTransform, plgpu.SwizzleTransform
-    return tiling((8, swizzle * 8 // bits)), swizzling(swizzle)  # pyright: ignore[reportAbstractUsage]

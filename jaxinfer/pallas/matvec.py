@@ -23,7 +23,19 @@ from jaxtyping import Array, Float
 
 from jaxinfer.pallas import registers
 from jaxinfer.pallas.limbs import Limbs
-from jaxinfer.pallas.registers import COLUMNS, COUPLES, HEAD_BYTES, HEADS, LIMBS, SUMS, WORDS, Sums, Words, bytes_layout
+from jaxinfer.pallas.registers import (
+    COLUMNS,
+    COUPLES,
+    HEAD_BYTES,
+    HEADS,
+    LIMBS,
+    SUMS,
+    WORDS,
+    Sums,
+    Words,
+    bytes_layout,
+    tiled,
+)
 from jaxinfer.pallas.tiles import TILES, UNIT, Tile
 from jaxinfer.quants import Packed
 from jaxinfer.tree import Index
@@ -128,7 +140,7 @@ def product(
 
     def room(w: Packed, tile: Tile) -> dict[str, Any]:
         return {
-            name: plgpu.SMEM((warpgroups, STAGES, ROWS, WARPS * n), w.planes[name].dtype, transforms=_tiled(n))
+            name: plgpu.SMEM((warpgroups, STAGES, ROWS, WARPS * n), w.planes[name].dtype, transforms=tiled(n, bits=8))
             for name, n in tile.codes
         }
 
@@ -315,10 +327,3 @@ class _Unit:
 
     def fields(self, word: Array, width: int) -> Sums:
         return self._spread(word, word >> (4 * width), HEADS) >> (width * self.column)
-
-
-def _tiled(width: int) -> tuple:
-    """How rows of a warp's bytes lie in shared memory, for loads without conflicts."""
-    swizzle = plgpu.find_swizzle(8 * width)
-    tiling, swizzling = plgpu.TilingTransform, plgpu.SwizzleTransform
-    return tiling((8, swizzle)), swizzling(swizzle)  # pyright: ignore[reportAbstractUsage]

@@ -1,4 +1,4 @@
-"""What a thread does with the 32 bits of a register, where arrays of bytes would hide them.
+"""Layouts of arrays, and what a thread does with the 32 bits of a register, where arrays of bytes would hide them.
 
 Arrays are of a warpgroup; a layout says which thread holds what. Each function has a plain jnp form of the same
 meaning, for the interpreter, which has no registers.
@@ -17,6 +17,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Int, Shaped
 
+inline: Any = plgpu.inline_mgpu  # the decorated function's first argument, a context, is not its caller's
+
 type Words = Shaped[Array, "16 4 4"]  # [row, warp, t]
 type Sums = Shaped[Array, "16 4 8"]  # [row, warp, column]
 type Heads = Shaped[Array, "16 4"]  # [row, warp]
@@ -29,6 +31,13 @@ def layout(tiles: Sequence[tuple[int, ...]], warps: Sequence[Any], lanes: Sequen
     """
     t = fa.TiledLayout(fa.Tiling(tuple(tiles)), tuple(warps), tuple(lanes), -1, _check_canonical=False).canonicalize()
     return plgpu.Layout.TILED(t.tiling, t.warp_dims, t.lane_dims, t.vector_dim)
+
+
+def tiled(width: int, bits: int = 16) -> tuple[Any, Any]:
+    """How rows of so many numbers lie in shared memory, for products, and for loads and stores without conflicts."""
+    swizzle = plgpu.find_swizzle(bits * width)
+    tiling, swizzling = plgpu.TilingTransform, plgpu.SwizzleTransform
+    return tiling((8, swizzle * 8 // bits)), swizzling(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
 # Lane 4 g + t of a warp: of 16 rows it has g and g + 8, of 4 columns t, of 8 columns 2 t and 2 t + 1.
@@ -54,12 +63,12 @@ def words(x: Shaped[Array, "16 n"], *, interpret: bool) -> tuple[Words, ...]:
         return tuple(w[:, :, i] for i in range(count))
     one = plgpu.ShapeDtypeStruct((16, 4, 4), jnp.int32, WORDS)
 
-    @plgpu.inline_mgpu(arg_types=(bytes_layout(16 * count),), return_type=(one,) * count)
+    @inline(arg_types=(bytes_layout(16 * count),), return_type=(one,) * count)
     def relabel(ctx: Any, x: fa.FragmentedArray) -> tuple[fa.FragmentedArray, ...]:
         found = np.array([_cast(r, (1,)) for r in x.registers.flatten()], dtype=object).reshape(2, count)
         return tuple(_array(found[:, i], WORDS, (16, 4, 4)) for i in range(count))
 
-    return relabel(x)  # pyright: ignore[reportCallIssue]
+    return relabel(x)
 
 
 def head_word(x: Shaped[Array, "16 4 4"], *, interpret: bool) -> Heads:
@@ -67,11 +76,11 @@ def head_word(x: Shaped[Array, "16 4 4"], *, interpret: bool) -> Heads:
     if interpret:
         return lax.bitcast_convert_type(x, jnp.int32)
 
-    @plgpu.inline_mgpu(arg_types=(HEAD_BYTES,), return_type=plgpu.ShapeDtypeStruct((16, 4), jnp.int32, HEADS))
+    @inline(arg_types=(HEAD_BYTES,), return_type=plgpu.ShapeDtypeStruct((16, 4), jnp.int32, HEADS))
     def relabel(ctx: Any, x: fa.FragmentedArray) -> fa.FragmentedArray:
         return _array([_cast(r, (1,)) for r in x.registers.flatten()], HEADS, (16, 4))
 
-    return relabel(x)  # pyright: ignore[reportCallIssue]
+    return relabel(x)
 
 
 def spread(first: Array, second: Array, of: Any, *, interpret: bool) -> Sums:
@@ -84,14 +93,14 @@ def spread(first: Array, second: Array, of: Any, *, interpret: bool) -> Sums:
         two = (jnp.repeat(a, 2, axis=1) if of == COUPLES else a for a in (first, second))
         return jnp.stack([jnp.broadcast_to(a[axes], (16, 4, 4)) for a in two], axis=-1).reshape(16, 4, 8)
 
-    @plgpu.inline_mgpu(arg_types=(of, of), return_type=plgpu.ShapeDtypeStruct((16, 4, 8), first.dtype, SUMS))
+    @inline(arg_types=(of, of), return_type=plgpu.ShapeDtypeStruct((16, 4, 8), first.dtype, SUMS))
     def relabel(ctx: Any, first: fa.FragmentedArray, second: fa.FragmentedArray) -> fa.FragmentedArray:
         a, b = ([_element(r) for r in one.registers.flatten()] for one in (first, second))
         kind = ir.VectorType.get((2,), first.mlir_dtype)
         rows = [vector.from_elements(kind, [a[i % len(a)], b[i % len(b)]]) for i in (0, 1)]
         return _array(rows, SUMS, (16, 4, 8), first.is_signed)
 
-    return relabel(first, second)  # pyright: ignore[reportCallIssue]
+    return relabel(first, second)
 
 
 def mma(acc: Sums, a: tuple[Words, ...], b: tuple[Int[Array, "4 4 2 4"], ...], *, interpret: bool) -> Sums:
@@ -103,7 +112,7 @@ def mma(acc: Sums, a: tuple[Words, ...], b: tuple[Int[Array, "4 4 2 4"], ...], *
         )
     out, n = plgpu.ShapeDtypeStruct((16, 4, 8), jnp.int32, SUMS), len(a)
 
-    @plgpu.inline_mgpu(arg_types=(SUMS, (WORDS,) * n, (LIMBS,) * n), return_type=out)
+    @inline(arg_types=(SUMS, (WORDS,) * n, (LIMBS,) * n), return_type=out)
     def multiply(ctx: Any, acc: Any, a: Any, b: Any) -> fa.FragmentedArray:
         sums = [_element(r, i) for r in acc.registers.flatten() for i in (0, 1)]
         given = [_element(r) for x in (*a, *b) for r in x.registers.flatten()]
@@ -121,7 +130,7 @@ def mma(acc: Sums, a: tuple[Words, ...], b: tuple[Int[Array, "4 4 2 4"], ...], *
         pairs = [vector.from_elements(ir.VectorType.get((2,), _i32()), got[i : i + 2]) for i in (0, 2)]
         return _array(pairs, SUMS, (16, 4, 8))
 
-    return multiply(acc, a, b)  # pyright: ignore[reportCallIssue]
+    return multiply(acc, a, b)
 
 
 def put(acc: Sums, limbs: Sums, group: int, *, interpret: bool) -> Sums:
@@ -130,7 +139,7 @@ def put(acc: Sums, limbs: Sums, group: int, *, interpret: bool) -> Sums:
     if interpret:
         return acc.at[:, :, 2 * t + s].set(256 * limbs[:, :, 2 * t] + limbs[:, :, 2 * t + 1])
 
-    @plgpu.inline_mgpu(arg_types=(SUMS, SUMS), return_type=plgpu.ShapeDtypeStruct((16, 4, 8), jnp.int32, SUMS))
+    @inline(arg_types=(SUMS, SUMS), return_type=plgpu.ShapeDtypeStruct((16, 4, 8), jnp.int32, SUMS))
     def select(ctx: Any, acc: fa.FragmentedArray, limbs: fa.FragmentedArray) -> fa.FragmentedArray:
         lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(4, _i32()))
         mine = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.c(t, _i32()))
@@ -142,7 +151,7 @@ def put(acc: Sums, limbs: Sums, group: int, *, interpret: bool) -> Sums:
             out.append(vector.from_elements(ir.VectorType.get((2,), _i32()), pair))
         return _array(out, SUMS, (16, 4, 8))
 
-    return select(acc, limbs)  # pyright: ignore[reportCallIssue]
+    return select(acc, limbs)
 
 
 def lookup(x: Words, table: Sequence[int], *, interpret: bool) -> Words:
@@ -153,7 +162,7 @@ def lookup(x: Words, table: Sequence[int], *, interpret: bool) -> Words:
         return lax.bitcast_convert_type(jnp.asarray(picked).astype(jnp.int8), jnp.int32)
     quarters = [int(w) for w in np.array(table, np.int8).view(np.int32)]
 
-    @plgpu.inline_mgpu(arg_types=(WORDS,), return_type=plgpu.ShapeDtypeStruct((16, 4, 4), jnp.int32, WORDS))
+    @inline(arg_types=(WORDS,), return_type=plgpu.ShapeDtypeStruct((16, 4, 4), jnp.int32, WORDS))
     def permute(ctx: Any, x: fa.FragmentedArray) -> fa.FragmentedArray:
         ptx = (
             "{ .reg .b32 n, s, l, h, m; shr.b32 n, $1, 4; or.b32 n, n, $1; prmt.b32 s, n, 0, 0x4420;"
@@ -166,7 +175,7 @@ def lookup(x: Words, table: Sequence[int], *, interpret: bool) -> Words:
             out.append(_cast(llvm.inline_asm(_i32(), given, ptx, "=r,r,r,r,r,r", has_side_effects=False), (1,)))
         return _array(out, WORDS, (16, 4, 4))
 
-    return permute(x)  # pyright: ignore[reportCallIssue]
+    return permute(x)
 
 
 def _i32() -> Any:

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxinfer.pallas.registers import Heads, Sums, Words
+from jaxinfer.quants import E2M1_TWICE, IQ4
 
 UNIT = 256  # elements: of all formats whole blocks
 
@@ -199,8 +200,6 @@ def _float(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _QS = (("qs", 128),)
 TILES = {
     "Q4_0": Tile(_QS, 32, _nibbles_of_32, _scaled(-8)),
@@ -213,7 +212,7 @@ TILES = {
     "Q4_K": Tile(_QS, 32, _nibbles_of_64, _k_pairs),
     "Q5_K": Tile((("qs", 128), ("qh", 32)), 32, _q5_k, _k_pairs),
     "Q6_K": Tile((("ql", 128), ("qh", 64)), 16, _q6_k, _q6_affine),
-    "IQ4_NL": Tile(_QS, 32, _table(_IQ4, _nibbles_of_32), _scaled(0)),
-    "IQ4_XS": Tile(_QS, 32, _table(_IQ4, _nibbles_of_32), _iq4_xs_affine),
-    "MXFP4": Tile(_QS, 32, _table(_E2M1_TWICE, _nibbles_of_32), _mxfp4_affine),
+    "IQ4_NL": Tile(_QS, 32, _table(IQ4, _nibbles_of_32), _scaled(0)),
+    "IQ4_XS": Tile(_QS, 32, _table(IQ4, _nibbles_of_32), _iq4_xs_affine),
+    "MXFP4": Tile(_QS, 32, _table(E2M1_TWICE, _nibbles_of_32), _mxfp4_affine),
 }
