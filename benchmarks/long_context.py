@@ -94,7 +94,7 @@ def unwindowed(cache: Any, slots: int) -> Any:
         pos = jnp.full((*stack.pos.shape[:3], slots), -1, jnp.int32)
         return replace(stack, k=jnp.zeros(shape, stack.k.dtype), v=jnp.zeros(shape, stack.v.dtype), pos=pos)
 
-    return tuple(tuple(map(one, stacks)) for stacks in cache)
+    return tuple(map(one, cache))
 
 
 def rings(model: Model, params: Any, ids: list[int], args: argparse.Namespace) -> None:

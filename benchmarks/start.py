@@ -12,6 +12,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jaxinfer import Sampler, load  # noqa: E402
+from jaxinfer.cache import size_bytes  # noqa: E402
 from jaxinfer.generate import peak_bytes, plan  # noqa: E402
 
 
@@ -43,18 +44,20 @@ def main() -> None:
     options = {"chunk": args.chunk, "burst": args.new, "sampler": Sampler.greedy(), "ignore_eos": True}
     run = plan(model, params, None, [prompt], max_tokens=args.new + 1, **options)
     run.compile(lambda program, seconds: tell(f"compile {program}") if seconds is not None else None)
-    run.decode(run.prefill(), 1)
+    run.prefill()
+    run.decode(run.session, None, 1)
     tell("first token")
-    state = run.prefill()
+    run = plan(model, params, None, [prompt], max_tokens=args.new + 1, **options)
+    last = time.perf_counter()
+    run.prefill()
     seconds = tell("second prompt")
     print(f"prefill of {args.prompt}: {args.prompt / seconds:.1f} tokens/s")
-    _, state = run.decode(state, 1)
+    _, state = run.decode(run.session, None, 1)
     tell("its first token")
-    jax.block_until_ready(run.decode(state, args.new))
+    jax.block_until_ready(run.decode(run.session, state, args.new))
     seconds = tell(f"{args.new} tokens more")
     print(f"decode at {args.prompt}: {args.new / seconds:.1f} tokens/s")
-    cache = jax.eval_shape(lambda: model.init_cache(params, 1, run.slots, chunk=run.chunk))
-    held, caches = (sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in (params, cache))
+    held, caches = map(size_bytes, (params, run.session.cache))
     most = peak_bytes(device)
     print(
         f"weights {held / 1e9:.2f} GB, caches {caches / 1e9:.3f} GB, peak {most / 1e9:.2f} GB: "

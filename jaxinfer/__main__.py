@@ -13,7 +13,19 @@ from typing import Any
 
 import jax
 
-from jaxinfer import arguments, bench, bench_attention, bench_matmul, gguf, hub, memory, needle, presses, timing
+from jaxinfer import (
+    arguments,
+    bench,
+    bench_attention,
+    bench_matmul,
+    bench_moe,
+    gguf,
+    hub,
+    memory,
+    needle,
+    presses,
+    timing,
+)
 from jaxinfer.arguments import AUTO, Given
 from jaxinfer.explain import explain, lines
 from jaxinfer.generate import GPU_CHUNK, Prompt, Stats, default_chunk, device_of, encode, stream
@@ -121,6 +133,10 @@ def run_bench_matmul(given: Given, terminal: Terminal) -> None:
     _time(bench_matmul.BENCHMARK, given, terminal, "formats", "shapes", "rows")
 
 
+def run_bench_moe(given: Given, terminal: Terminal) -> None:
+    _time(bench_moe.BENCHMARK, given, terminal, "shapes", "works", "formats", "skews", "tokens")
+
+
 def _time(benchmark: timing.Benchmark, given: Given, terminal: Terminal, *names: str) -> list[timing.Row]:
     """Prints what a benchmark finds in the cases that these arguments choose, as it comes, and returns it."""
     dtype = given.get("dtype", "bfloat16" if jax.devices()[0].platform == "gpu" else "float32")
@@ -223,6 +239,7 @@ RUN = {
     "bench": run_bench,
     "bench attention": run_bench_attention,
     "bench matmul": run_bench_matmul,
+    "bench moe": run_bench_moe,
     "perplexity": run_perplexity,
     "eval needle": run_needle,
     "info": run_info,

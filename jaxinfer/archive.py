@@ -8,7 +8,7 @@ has `room` for and how many are `observed`. The header's metadata have what is o
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ class Saved(NamedTuple):
     logits: Any
     cache: Any
     kept: Any
+    places: list[tuple[int, int]]  # of each layer: its stack, and its index in it
 
 
 def save(path: str | os.PathLike[str], model: Model, saved: Saved) -> None:
@@ -118,58 +119,46 @@ def _arrays(saved: Saved) -> dict[str, np.ndarray]:
     out |= {"room": np.asarray(saved.room, np.int32), "observed": np.asarray(saved.observed, np.int32)}
     if saved.logits is not None:
         out["logits"] = np.asarray(saved.logits)
-    for number, (s, j, r, last) in enumerate(_layers(saved.cache)):
-        for name in _names(stack := saved.cache[s][j]):
+    last = dict(saved.places)  # of each stack
+    for number, (k, r) in enumerate(saved.places):
+        for name in _names(stack := saved.cache[k]):
             a = getattr(stack, name)
             if name == "recent_q":  # behind the stack's own are those of later layers that read its last one's keys
-                a = a[r:] if last else a[r : r + 1]
+                a = a[r:] if r == last[k] else a[r : r + 1]
             elif name != "shift":  # one for the stack
                 a = a[r]
             out[f"layers.{number}.{name}"] = a
-        if saved.kept is not None and saved.kept[s][j] is not None:
-            out[f"layers.{number}.kept"] = np.asarray(saved.kept[s][j])[r]
+        if saved.kept is not None and saved.kept[k] is not None:
+            out[f"layers.{number}.kept"] = np.asarray(saved.kept[k])[r]
     return out
 
 
 def _filled(template: Saved, arrays: Mapping[str, np.ndarray]) -> Saved:
     """The template with the file's arrays: `_arrays` the other way."""
-    numbers: dict[tuple[int, int], list[int]] = {}
-    for number, (s, j, _, _) in enumerate(_layers(template.cache)):
-        numbers.setdefault((s, j), []).append(number)
+    numbers: dict[int, list[int]] = {}
+    for number, (k, _) in enumerate(template.places):
+        numbers.setdefault(k, []).append(number)
 
-    def joined(s: int, j: int, name: str) -> np.ndarray:
-        parts = [arrays[f"layers.{number}.{name}"] for number in numbers[s, j]]
+    def joined(k: int, name: str) -> np.ndarray:
+        parts = [arrays[f"layers.{number}.{name}"] for number in numbers[k]]
         if name == "shift":
             if any((part != parts[0]).any() for part in parts):
-                raise ValueError(
-                    f"the shifts of the layers {numbers[s, j]} differ, but this model has them in one stack"
-                )
+                raise ValueError(f"the shifts of the layers {numbers[k]} differ, but this model has them in one stack")
             return parts[0]
         return np.concatenate(parts) if name == "recent_q" else np.stack(parts)
 
-    cache, kept = [], []
-    for s, stacks in enumerate(template.cache):
-        cache.append(
-            tuple(replace(one, **{name: joined(s, j, name) for name in _names(one)}) for j, one in enumerate(stacks))
-        )
-        if template.kept is not None:
-            kept.append(tuple(None if one is None else joined(s, j, "kept") for j, one in enumerate(template.kept[s])))
+    cache = tuple(
+        replace(one, **{name: joined(k, name) for name in _names(one)}) for k, one in enumerate(template.cache)
+    )
+    kept = template.kept and tuple(None if one is None else joined(k, "kept") for k, one in enumerate(template.kept))
     return template._replace(
         tokens=[arrays[f"tokens.{i}"].tolist() for i in range(len(template.tokens))],
         room=arrays["room"].tolist(),
         observed=arrays["observed"].tolist(),
         logits=arrays.get("logits"),
-        cache=tuple(cache),
-        kept=tuple(kept) if template.kept is not None else None,
+        cache=cache,
+        kept=kept,
     )
-
-
-def _layers(cache: Any) -> Iterator[tuple[int, int, int, bool]]:
-    """Where each layer's cache is: segment, place in its pattern, repeat, and whether that is the last repeat."""
-    for s, stacks in enumerate(cache):
-        repeats = jax.tree.leaves(stacks)[0].shape[0]
-        for r in range(repeats):
-            yield from ((s, j, r, r + 1 == repeats) for j in range(len(stacks)))
 
 
 def _names(stack: Any) -> list[str]:
@@ -202,7 +191,8 @@ def _template(model: Model, params: Any, header: Mapping[str, str], kinds: Mappi
         return model.init_cache(params, batch, slots, chunk=chunk, dtype=jnp.dtype(dtype), observe=observe)
 
     cache = jax.tree.map(lambda a: _blank(a.shape, a.dtype), jax.eval_shape(make))
-    cache, kept = _compacted(cache, kinds)
+    places = list(params.layers.places())
+    cache, kept = _compacted(cache, places, kinds)
     return Saved(
         ctx=ctx,
         chunk=chunk,
@@ -214,15 +204,16 @@ def _template(model: Model, params: Any, header: Mapping[str, str], kinds: Mappi
         logits=_blank((batch, model.config.vocab), np.float32) if "logits" in kinds else None,
         cache=cache,
         kept=kept,
+        places=places,
     )
 
 
-def _compacted(cache: Any, kinds: Mapping[str, Kind]) -> tuple[Any, Any]:
+def _compacted(cache: Any, places: list[tuple[int, int]], kinds: Mapping[str, Kind]) -> tuple[Any, Any]:
     """The template's cache with the slots that the file has where it was compacted, and the lists' template."""
-    held = [list(stacks) for stacks in cache]
-    kept: list[list[Any]] = [[None] * len(stacks) for stacks in cache]
-    for number, (s, j, r, _) in enumerate(_layers(cache)):
-        stack, prefix = cache[s][j], f"layers.{number}."
+    held = list(cache)
+    kept: list[Any] = [None] * len(cache)
+    for number, (k, r) in enumerate(places):
+        stack, prefix = cache[k], f"layers.{number}."
         if r > 0 or not (is_full(stack) and prefix + "shift" in kinds):
             continue
         repeats, batch, heads, _, width = stack.k.shape
@@ -232,12 +223,11 @@ def _compacted(cache: Any, kinds: Mapping[str, Kind]) -> tuple[Any, Any]:
             return _blank((repeats, batch, heads if own else 1, max(_length(kinds, name, 2), 1)), np.int32)
 
         pos = lists(prefix + "pos")
-        k = _blank((repeats, batch, heads, pos.shape[3], width), stack.k.dtype)
-        held[s][j] = replace(stack, k=k, v=k, pos=pos, shift=_blank((batch,), np.int32))
+        keys = _blank((repeats, batch, heads, pos.shape[3], width), stack.k.dtype)
+        held[k] = replace(stack, k=keys, v=keys, pos=pos, shift=_blank((batch,), np.int32))
         if prefix + "kept" in kinds:
-            kept[s][j] = lists(prefix + "kept")
-    evicted = any(one is not None for stacks in kept for one in stacks)
-    return tuple(map(tuple, held)), tuple(map(tuple, kept)) if evicted else None
+            kept[k] = lists(prefix + "kept")
+    return tuple(held), None if all(one is None for one in kept) else tuple(kept)
 
 
 def _length(kinds: Mapping[str, Kind], name: str, axis: int) -> int:
@@ -267,8 +257,8 @@ def _check(saved: Saved, vocab: int) -> None:
     _within("evicted", saved.evicted, read.max())
     if saved.logits is not None and not np.isfinite(saved.logits[read > 0]).all():
         raise ValueError("its logits are not all finite")
-    for number, (s, j, r, _) in enumerate(_layers(saved.cache)):
-        if not isinstance(stack := saved.cache[s][j], KVCache):
+    for number, (k, r) in enumerate(saved.places):
+        if not isinstance(stack := saved.cache[k], KVCache):
             continue
         _within(f"layers.{number}.pos", stack.pos[r], read[:, None, None] - 1, least=-1)
         if stack.shift is not None:
@@ -276,7 +266,7 @@ def _check(saved: Saved, vocab: int) -> None:
             _within("room", saved.room, stack.k.shape[3] - (read - stack.shift))
         if (
             saved.kept is not None
-            and (lists := saved.kept[s][j]) is not None
+            and (lists := saved.kept[k]) is not None
             and not (np.diff(lists, prepend=-1) > 0).all()
         ):
             raise ValueError(f"layers.{number}.kept is not strictly increasing from 0 on")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn
 
-from jaxinfer import bench, bench_attention, bench_matmul, config, hub, needle
+from jaxinfer import bench, bench_attention, bench_matmul, bench_moe, config, hub, needle
 from jaxinfer.presses import PRESSES
 
 DTYPES = ("float32", "bfloat16")
@@ -205,6 +205,21 @@ MATMUL = (
     Option("--backends", list, f"what computes it: {','.join(bench_matmul.BACKENDS)}", {"type": _names}),
     *TIMED,
 )
+MOE = (
+    Option(
+        "--shapes",
+        list,
+        f"experts, those of a token, its width and theirs: {','.join(bench_moe.SHAPES)}, by default all, or E/A/D/F "
+        "such as 128/8/2048/768",
+        {"type": _names},
+    ),
+    Option("--works", list, f"what is computed: {','.join(bench_moe.WORKS)}", {"type": _names}),
+    Option("--formats", list, f"of weights: {','.join(bench_moe.KINDS)}; by default all", {"type": _names}),
+    Option("--skews", list, f"how tokens choose: {','.join(bench_moe.SKEWS)}", {"type": _names}),
+    Option("--tokens", list, f"by default {','.join(map(str, bench_moe.TOKENS))}", {"type": _numbers}),
+    Option("--backends", list, f"what computes it: {','.join(bench_moe.BACKENDS)}", {"type": _names}),
+    *TIMED,
+)
 
 
 RUN = (*LOAD, DTYPE, CHUNK, CTX, CACHE, *EVICT)
@@ -240,6 +255,7 @@ COMMANDS = {
     "bench": Command("measures speed, as llama-bench does", (*LOAD, *BENCH)),
     "bench attention": Command("measures attention alone, ours and others'", (*PROCESS, DTYPE, *ATTENTION)),
     "bench matmul": Command("measures products with packed weights alone", (*PROCESS, DTYPE, *MATMUL)),
+    "bench moe": Command("measures experts alone: products, their sum, the choice", (*PROCESS, DTYPE, *MOE)),
     "perplexity": Command("scores a text, as llama-perplexity does", (*LOAD, DTYPE, CHUNK, CTX, *EVICT, *TEXT)),
     "eval needle": Command(
         "asks for a sentence hidden in long texts, by what is evicted", (*LOAD, DTYPE, CHUNK, *NEEDLE)

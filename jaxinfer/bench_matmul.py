@@ -203,15 +203,15 @@ def prepare(case: Case) -> tuple[Inputs, Callable[[Array], float]]:
 
 
 @partial(jax.jit, static_argnums=1)
-def _stack(w: Weight, layers: int) -> Any:
-    """The first of two weights again and again, and the second one last."""
+def stack(w: Any, layers: int) -> Any:
+    """Of a weight or a tree of them: the first of two layers again and again, and the second one last."""
     return jax.tree.map(lambda plane: plane[np.arange(layers) // (layers - 1)], w)
 
 
 def _of(matmul: Callable[..., Array], given: Inputs) -> Calls:
     """Of one with the signature of `matmul_reference`."""
     stacks, layers = spread(given.case.weight_bytes)
-    return of_jax(matmul, given.x, [_stack(given.w, layers) for _ in range(stacks)], layers)
+    return of_jax(matmul, given.x, [stack(given.w, layers) for _ in range(stacks)], layers)
 
 
 def _default(given: Inputs) -> Calls:

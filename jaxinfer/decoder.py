@@ -19,6 +19,8 @@ from jaxinfer.ops.matmul import Norm
 from jaxinfer.quants import Weight, dense, rows
 from jaxinfer.tree import Index, pytree, static
 
+NO_LAYERS = segments.Layers((), ())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -52,26 +54,23 @@ class LayerParams:
 @pytree
 class Params:
     embedding: Weight  # [V, D]
-    layers: tuple[segments.Segment, ...]  # of LayerParams
+    layers: segments.Layers  # of LayerParams
     norm: Array  # [D]
     head: Weight | None  # [V, D]; None: the embedding serves as the head
     head_bias: Array | None = None  # [V]
-    sharing: tuple[segments.Segment, ...] = ()  # the last layers, where they read the keys of the last one of a kind
+    sharing: segments.Layers = NO_LAYERS  # the last layers, where they read the keys of the last one of a kind
     draft: Any = None  # a block that predicts the token after next, where the file has one
 
 
 def init_cache(params: Params, batch: int, slots: int, chunk: int, config: Config, dtype: np.dtype) -> Any:
-    """The caches of all layers, in the structure of the segments."""
-    return tuple(
-        tuple(config.mixer(layer.kind).cache(s.repeats, batch, slots, chunk, dtype) for layer in s.layers)
-        for s in params.layers
-    )
+    """A cache for each stack of layers."""
+    found = zip(params.layers.stacks, params.layers.repeats, strict=True)
+    return tuple(config.mixer(layer.kind).cache(repeats, batch, slots, chunk, dtype) for layer, repeats in found)
 
 
-def last_of(layers: tuple[segments.Segment, ...], kind: str) -> tuple[int, int]:
-    """Where the last layer of a kind is, and its cache: (segment, place in the pattern). It is the last repeat."""
-    found = [(s, j) for s, one in enumerate(layers) for j, layer in enumerate(one.layers) if layer.kind == kind]
-    return found[-1]
+def last_of(layers: segments.Layers, kind: str) -> int:
+    """The stack with the last layer of a kind, which is the stack's last."""
+    return [k for k, _ in layers.places() if layers.stacks[k].kind == kind][-1]
 
 
 def forward(
@@ -115,8 +114,7 @@ def layer(
         y = mlp(p.ffn, i, x, config.activation, ops, norm=norm, residual=before)
     else:
         assert config.moe is not None
-        y = moe(p.ffn, i, rms_norm(x, p.ffn_norm[i], config.eps), pos, config.moe, ops)
-        y = y if before is None else x + y
+        y = moe(p.ffn, i, x, pos, config.moe, ops, norm=norm, residual=before)
     return y if p.ffn_post_norm is None else x + rms_norm(y, p.ffn_post_norm[i], config.eps), cache
 
 

@@ -29,9 +29,9 @@ from jaxinfer.quants import Packed
 from jaxinfer.tree import Device
 
 PARTS = {AttentionParams: "attention", DeltaParams: "delta net", MlpParams: "feed-forward", ExpertParams: "experts"}
-LAYER, OP, FORM = re.compile(r"(layer|sharing) (\d+)\.(\d+)"), re.compile(r"op (\w+)"), re.compile(r"\[(.*?)\]")
+LAYER, OP, FORM = re.compile(r"(layer|sharing) (\d+)"), re.compile(r"op (\w+)"), re.compile(r"\[(.*?)\]")
 
-type Place = tuple[str, int, int] | None  # of a layer: "layer" or "sharing", segment, place in its pattern
+type Place = tuple[str, int] | None  # of a layer: "layer" or "sharing", and its stack
 
 
 class Use(NamedTuple):
@@ -102,14 +102,13 @@ def explain(found: Description | Loaded, ctx: int | None = None, chunk: int | No
 
 def _layers(params: Any, cache: Any) -> Iterator[tuple[Place, Any, Any, int | None]]:
     """Of each layer in order: its place, parameters, the stack of caches that it reads, and whose, if not its own."""
-    own = [(s, j) for s, x in enumerate(params.layers) for _ in range(x.repeats) for j in range(len(x.layers))]
-    for s, j in own:
-        yield ("layer", s, j), params.layers[s].layers[j], cache[s][j], None
-    for s, segment in enumerate(params.sharing):
-        for _ in range(segment.repeats):
-            for j, layer in enumerate(segment.layers):
-                at = last_of(params.layers, layer.kind)
-                yield ("sharing", s, j), layer, cache[at[0]][at[1]], len(own) - 1 - own[::-1].index(at)
+    own = [k for k, _ in params.layers.places()]
+    for k in own:
+        yield ("layer", k), params.layers.stacks[k], cache[k], None
+    for k, _ in params.sharing.places():
+        layer = params.sharing.stacks[k]
+        at = last_of(params.layers, layer.kind)
+        yield ("sharing", k), layer, cache[at], len(own) - 1 - own[::-1].index(at)
 
 
 def _program(
@@ -127,7 +126,7 @@ def _program(
     for path in dict.fromkeys(_paths(jax.make_jaxpr(call)(params, ints, ints, cache).jaxpr, "")):
         if op := OP.search(path):
             layer, form = LAYER.search(path), FORM.search(path, op.end())
-            place = (layer[1], int(layer[2]), int(layer[3])) if layer else None
+            place = (layer[1], int(layer[2])) if layer else None
             found.setdefault((place, op[1]), {}).update({form[1]: None} if form else {})
 
     def uses(place: Place, layer: Any) -> tuple[Use, ...]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxinfer.layers.mlp import MlpParams
 from jaxinfer.layers.moe import MoeParams, MoeSpec
 from jaxinfer.layers.rope import Rope
 from jaxinfer.loader import Description, Source
-from jaxinfer.segments import Segment
+from jaxinfer.segments import Layers
 
 STILL = 1e-12  # radians a token: a pair that turns no faster is one that a file's divisors mean to stand still
 
@@ -82,14 +82,9 @@ def _counts(words: Iterable[str]) -> str:
     return ", ".join(f"{count} {word}" for word, count in Counter(words).items())
 
 
-def _trunk(params: Any) -> list[Segment]:
-    """The segments that every token passes, in order: those with caches, then those that share them."""
-    return [*params.layers, *params.sharing]
-
-
-def _every(segments: Sequence[Segment]) -> list[Any]:
+def _every(*parts: Layers) -> list[Any]:
     """One after the other, the parameters that stand for each layer."""
-    return [layer for s in segments for _ in range(s.repeats) for layer in s.layers]
+    return [layers.stacks[k] for layers in parts for k, _ in layers.places()]
 
 
 def _layers(params: Any) -> str:
@@ -108,14 +103,14 @@ def _feed_forward(layer: Any) -> list[MlpParams | MoeParams]:
 
 def _width(params: Any, width: int) -> str:
     """The width of the layers' input, and of the feed-forward networks that are no experts."""
-    networks = [ffn for layer in _every(_trunk(params)) for ffn in _feed_forward(layer)]
+    networks = [ffn for layer in _every(params.layers, params.sharing) for ffn in _feed_forward(layer)]
     found = sorted({_shape(ffn.gate.weight)[0] for ffn in networks if isinstance(ffn, MlpParams)})
     return f"{width}, feed-forward {' or '.join(map(str, found))}" if found else str(width)
 
 
 def _experts(params: Any, spec: MoeSpec | None) -> str:
     """What the mixtures of experts have in common; nothing where there are none."""
-    layers = _every(_trunk(params))
+    layers = _every(params.layers, params.sharing)
     mixtures = [ffn for layer in layers for ffn in _feed_forward(layer) if isinstance(ffn, MoeParams)]
     if spec is None or not mixtures:
         return ""
@@ -183,9 +178,9 @@ def _tokenizer(found: Description) -> str:
 
 def _segments(params: Any) -> str:
     """How the layers are looped over: `1 x 30` is one layer body that is run 30 times."""
-    trunk = _trunk(params)
-    bodies = [layer for s in trunk for layer in s.layers]
-    cuts = ", ".join(f"{len(s.layers)} x {s.repeats}" for s in trunk)
+    trunk = [(layers, segment) for layers in (params.layers, params.sharing) for segment in layers.segments]
+    bodies = [layers.stacks[k] for layers, (pattern, _) in trunk for k in pattern]
+    cuts = ", ".join(f"{len(pattern)} x {repeats}" for _, (pattern, repeats) in trunk)
     return f"{cuts} (layer bodies compiled: {len(bodies)}, distinct: {len(set(map(_signature, bodies)))})"
 
 
@@ -199,12 +194,11 @@ def _cache(found: Description, tokens: int) -> str:
     slots, chunk = engine.slots_for(tokens), default_chunk(found.device)
     cache = jax.eval_shape(lambda: found.model.init_cache(found.params, 1, slots, chunk=chunk))
     sizes: Counter[str] = Counter()
-    for segment, held in zip(found.params.layers, cache, strict=True):
-        for layer, one in zip(segment.layers, held, strict=True):
-            what = "state"
-            if isinstance(one, KVCache):
-                what = f"{'ring of ' if one.k.shape[3] < slots else ''}{one.k.shape[3]} slots"
-            sizes[f"{layer.kind}: {what}"] += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
+    for layer, one in zip(found.params.layers.stacks, cache, strict=True):
+        what = "state"
+        if isinstance(one, KVCache):
+            what = f"{'ring of ' if one.k.shape[3] < slots else ''}{one.k.shape[3]} slots"
+        sizes[f"{layer.kind}: {what}"] += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
     parts = "".join(f"{what}, {_size(size)}; " for what, size in sizes.items())
     return f"{parts}in all {_size(sizes.total())} for {tokens} tokens in chunks of {chunk}"
 

@@ -90,7 +90,7 @@ class Description(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The tensors that become one weight: one as it is, or those of a segment's repeats as a stack."""
+    """The tensors that become one weight: one as it is, or those of several layers as a stack."""
 
     tensors: tuple[gguf.Tensor, ...]
     stacked: bool = False
@@ -170,18 +170,14 @@ class Weights:
             for n, end in zip(parts, ends.tolist(), strict=True)
         ]
 
-    def segments(self, layers: Sequence[Any]) -> tuple[segments.Segment, ...]:
-        """Cuts per-layer parameters into segments of stacked ones; one segment of all layers if unrolled."""
+    def layers(self, layers: Sequence[Any]) -> segments.Layers:
+        """Stacks per-layer parameters by signature; if unrolled, each layer for itself."""
         if self._faults or not layers:
-            return ()  # `finish` refuses the file
+            return segments.Layers((), ())  # `finish` refuses the file
         trees = [jax.tree.flatten(layer, is_leaf=_is_source) for layer in layers]
         signatures = [(tree, tuple((s.tensors[0].type, s.tensors[0].shape) for s in leaves)) for leaves, tree in trees]
-        start, out = 0, []
-        for length, repeats in [(len(layers), 1)] if self._unroll else segments.cut(signatures):
-            pattern = [layers[start + j : start + length * repeats : length] for j in range(length)]
-            out.append(segments.Segment(tuple(map(_stack, pattern)), repeats))
-            start += length * repeats
-        return tuple(out)
+        alike, order = segments.arrange(signatures, unroll=self._unroll)
+        return segments.Layers(tuple(_stack([layers[i] for i in one]) for one in alike), order)
 
     def finish(self) -> None:
         faults = self._faults + [f"{name} is not known" for name in self._left]

@@ -29,8 +29,9 @@ from jaxinfer.loader import Model, Source
 from jaxinfer.ops.attention import BLOCK, TILE, attention_ampere, attention_blocks, attention_hopper
 from jaxinfer.ops.delta import CHUNK
 from jaxinfer.ops.delta import FEW as FEW_STEPS
-from jaxinfer.ops.experts import tile_of
-from jaxinfer.ops.matmul import FEW, matmul_gpu, matmul_hopper
+from jaxinfer.ops.experts import beyond as experts_beyond
+from jaxinfer.ops.experts import experts_hopper, layout_tile, tile_of
+from jaxinfer.ops.matmul import FEW, MOST, matmul_gpu, matmul_hopper
 from jaxinfer.pallas.bounds import beyond
 from jaxinfer.pallas.flash_mma import FEW as KEYS_IN_PARTS
 from jaxinfer.pallas.flash_mma import blocks_for
@@ -127,10 +128,9 @@ def plan(
         slots = min(slots, engine.slots_for(keep + max(chunk, room)))
     cache = jax.eval_shape(lambda: model.init_cache(params, batch, slots, chunk=chunk, dtype=dtype, observe=observe))
     kinds: Counter[str] = Counter()
-    for segment, stacks in zip(params.layers, cache, strict=True):
-        for layer, stack in zip(segment.layers, stacks, strict=True):
-            kinds[_kind(layer.kind, stack, slots)] += size_bytes(stack) - _observed(stack)
-    full = [one for stacks in cache for one in stacks if is_full(one)]
+    for layer, stack in zip(params.layers.stacks, cache, strict=True):
+        kinds[_kind(layer.kind, stack, slots)] += size_bytes(stack) - _observed(stack)
+    full = list(filter(is_full, cache))
     shrinks = 0 < keep + room < slots and not interleaved
     new = [_compacted(one, keep + room) if shrinks else size_bytes(one) for one in full]
     return Plan(
@@ -261,18 +261,18 @@ def _compacting(full: list[KVCache], new: list[int]) -> int:
 def _workspace(model: Model, params: Any, cache: Any, batch: int, tokens: int) -> int:
     """An estimate of the temporary buffers of a call of `tokens` tokens a row."""
     call, widest, kept = _Call(model, batch, tokens), 0, 0
-    for i, segment in enumerate((*params.layers, *params.sharing)):
-        own = i < len(params.layers)
-        places = [(i, j) if own else last_of(params.layers, p.kind) for j, p in enumerate(segment.layers)]
-        most = 0
-        for p, (s, j) in zip(segment.layers, places, strict=True):
-            most = max(most, *call.layer(p, segment.repeats, cache[s][j], params.layers[s].repeats))
+    own = params.layers
+    for layers, segment in [(among, one) for among in (own, params.sharing) for one in among.segments]:
+        within, most = [layers.stacks[k] for k in segment.pattern], 0
+        for k, p in zip(segment.pattern, within, strict=True):
+            source = k if layers is own else last_of(own, p.kind)
+            most = max(most, *call.layer(p, layers.repeats[k], cache[source], own.repeats[source]))
         # A delta net's inputs stay until the end of the loop's body, where XLA puts the new tail of the convolution.
-        tails = call.out(*(p.mixer.qkv for p in segment.layers if isinstance(p.mixer, DeltaParams)))
+        tails = call.out(*(p.mixer.qkv for p in within if isinstance(p.mixer, DeltaParams)))
         widest = max(widest, most + (tails if segment.repeats > 1 else 0))
         kept += tails if segment.repeats == 1 else 0
     # And the states of all delta nets have another order during the whole program.
-    states = sum(size_bytes(one.state) for held in cache for one in held if isinstance(one, DeltaState))
+    states = sum(size_bytes(one.state) for one in cache if isinstance(one, DeltaState))
     return states + kept + call.inputs(params) + max(widest, call.head(params))
 
 
@@ -384,6 +384,11 @@ class _Call:
         routed = self.rows * d * 4 + self.rows * experts * 4
         if self.rows <= FEW:
             routed += self.rows * spec.used * (3 * ffn + d) * 4
+        elif self.model.ops.experts is experts_hopper and not experts_beyond(p.experts, self.rows <= MOST):
+            # Rows as they are laid out, hidden ones twice, and outputs; tiles are not full.
+            tile = layout_tile(self.rows * spec.used, experts)
+            laid_out = self.rows * spec.used + tile * min(experts, self.rows * spec.used)
+            routed += 2 * laid_out * (d + ffn) * self.item
         else:
             # Every choice's output, with another order of them; and an expert's weights.
             tile = tile_of(self.rows * spec.used, experts)

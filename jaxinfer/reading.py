@@ -14,8 +14,9 @@ from jaxinfer.decoder import Config, LayerParams, Params
 from jaxinfer.layers.attention import AttentionParams, AttentionSpec
 from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.mlp import MlpParams, silu_gate
-from jaxinfer.layers.moe import MoeParams, MoeSpec, Routing
+from jaxinfer.layers.moe import MoeParams, MoeSpec
 from jaxinfer.layers.rope import Rope, Yarn, frequencies, yarn_frequencies, yarn_magnitude
+from jaxinfer.layers.routing import Routing
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
 from jaxinfer.ops.experts import Activation, ExpertParams
@@ -50,7 +51,7 @@ def params(
     count = config.layers if layers is None else layers
     return Params(
         embedding=weights("token_embd.weight", vocab, width),
-        layers=weights.segments([layer(Block(weights, f"blk.{i}."), i) for i in range(count)]),
+        layers=weights.layers([layer(Block(weights, f"blk.{i}."), i) for i in range(count)]),
         norm=weights("output_norm.weight", width),
         head=weights.optional("output.weight", vocab, width),
         head_bias=weights.optional("output.bias", vocab),

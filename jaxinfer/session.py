@@ -76,6 +76,7 @@ class Session:
             logits=self.logits,
             cache=self.cache,
             kept=self.kept,
+            places=list(self.params.layers.places()),
         )
         archive.save(path, self.model, held)
 
@@ -242,8 +243,7 @@ class Session:
         if not self._evicts(max(map(len, self.tokens))):
             out = self.fork()
         else:
-            own = [[one if is_full(one) else jax.tree.map(jnp.copy, one) for one in stacks] for stacks in self.cache]
-            out = self._with(tuple(map(tuple, own)))
+            out = self._with(tuple(one if is_full(one) else jax.tree.map(jnp.copy, one) for one in self.cache))
             out._evict(room, lambda old: None)
         out.cache, out._observed = snapkv.unobserved(out.cache), [0] * len(self.tokens)
         return out
@@ -253,7 +253,7 @@ class Session:
 
         That takes a second copy of rings that may wrap and of recurrent states. There is one mark, the last.
         """
-        lasting = all(_keeps(one, self.ctx) for stacks in self.cache for one in stacks)
+        lasting = all(_keeps(one, self.ctx) for one in self.cache)
         known = self._observed[0] >= min(self._window, len(self.tokens[0]))
         if not lasting and known and self.logits is not None:
             self._mark = len(self.tokens[0]), jnp.copy(self.logits), _copy(self._unlasting())
@@ -270,7 +270,7 @@ class Session:
         if tokens >= now:
             return now
         cut, (mark, logits, kept) = max(tokens - self._window, 0), self._mark or (0, jnp.zeros(0), None)
-        if not all(_keeps(one, now) for stacks in self.cache for one in stacks) or cut < self._evicted:
+        if not all(_keeps(one, now) for one in self.cache) or cut < self._evicted:
             cut = 0
         if max(cut, self._evicted) <= mark <= tokens and mark > 0:
             cut, self.logits, self._observed = mark, jnp.copy(logits), [mark]
@@ -296,7 +296,7 @@ class Session:
     @property
     def _window(self) -> int:
         """Tokens whose queries the cache keeps."""
-        return max((one.recent_q.shape[2] for stacks in self.cache for one in stacks if _observes(one)), default=0)
+        return max((one.recent_q.shape[2] for one in self.cache if _observes(one)), default=0)
 
     def _sizes(self, tokens: list[int]) -> list[int]:
         """Tokens of a prompt for which a press makes its budgets: those of parts are the whole one's."""
@@ -341,9 +341,9 @@ class Session:
         out.tokens, out._room, out._observed = [[*row] for row in self.tokens], [*self._room], [*self._observed]
         return out
 
-    def _unlasting(self) -> list[list[Any]]:
+    def _unlasting(self) -> list[Any]:
         """What no cut brings back to an earlier state: rings, recurrent states, recent queries."""
-        return [[one.recent_q if is_full(one) else one for one in stacks] for stacks in self.cache]
+        return [one.recent_q if is_full(one) else one for one in self.cache]
 
 
 def _is_cache(one: Any) -> bool:
@@ -358,7 +358,7 @@ def _blank(shapes: Any) -> Any:
 
 def _slots(cache: Any) -> list[int]:
     """Those of each stack of caches without a window."""
-    return [one.k.shape[3] for stacks in cache for one in stacks if is_full(one)]
+    return [one.k.shape[3] for one in cache if is_full(one)]
 
 
 def _observes(one: Any) -> bool:
@@ -379,14 +379,14 @@ def _delete(stack: KVCache) -> None:
         a.delete()
 
 
-def _cut(cache: Any, tokens: int, unlasting: list[list[Any]]) -> Any:
+def _cut(cache: Any, tokens: int, unlasting: list[Any]) -> Any:
     """The cache without positions from `tokens` on, and with these in place of what cannot be cut."""
 
     def one(stack: Any, other: Any) -> Any:
         stack = replace(stack, recent_q=other) if is_full(stack) else other
         return replace(stack, pos=jnp.where(stack.pos < tokens, stack.pos, -1)) if isinstance(stack, KVCache) else stack
 
-    return tuple(tuple(map(one, *both)) for both in zip(cache, unlasting, strict=True))
+    return tuple(map(one, cache, unlasting))
 
 
 @contextmanager

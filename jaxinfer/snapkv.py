@@ -15,6 +15,7 @@ from jaxinfer import decoder
 from jaxinfer.cache import KVCache, is_full
 from jaxinfer.ops.votes import votes_reference
 from jaxinfer.presses import LagKV, Press, SnapKV, one_list
+from jaxinfer.segments import Layers
 
 SMALL = 2**28  # bytes of a cache from which nothing is evicted unless told
 
@@ -58,21 +59,19 @@ class Evicted(NamedTuple):
 
 def observe(params: Any, cache: Any, config: Any, window: int) -> Any:
     """The cache with room for the queries of the last `window` tokens, in all layers that can be evicted from."""
-    held = [list(stacks) for stacks in cache]
-    for (s, j), stack in _full(cache).items():
-        spec, repeats = config.mixer(kind := params.layers[s].layers[j].kind), stack.k.shape[0]
-        if (s, j) == decoder.last_of(params.layers, kind):
-            repeats += sum(one.repeats for one in params.sharing for layer in one.layers if layer.kind == kind)
+    held = list(cache)
+    for k, stack in _full(cache).items():
+        spec, repeats = config.mixer(kind := params.layers.stacks[k].kind), stack.k.shape[0]
+        if k == decoder.last_of(params.layers, kind):
+            repeats += sum(params.sharing.stacks[n].kind == kind for n, _ in params.sharing.places())
         shape = (repeats, stack.k.shape[1], window, spec.kv_heads, spec.group, spec.width)
-        held[s][j] = replace(stack, recent_q=jnp.zeros(shape))
-    return tuple(map(tuple, held))
+        held[k] = replace(stack, recent_q=jnp.zeros(shape))
+    return tuple(held)
 
 
 def unobserved(cache: Any) -> Any:
     """The cache without recent queries."""
-    return tuple(
-        tuple(replace(one, recent_q=None) if isinstance(one, KVCache) else one for one in stacks) for stacks in cache
-    )
+    return tuple(replace(one, recent_q=None) if isinstance(one, KVCache) else one for one in cache)
 
 
 def evict(
@@ -104,24 +103,23 @@ def evict(
     if isinstance(press, LagKV) and any(stack.shift is not None for stack in full.values()):
         raise ValueError("LagKV ranks parts of a whole prompt, but some of it was evicted before")
 
-    def scores(at: tuple[int, int]) -> Any:  # Float[Array, "R B K S"], or its shape
-        return call(_scores, press, full[at], params.layers[at[0]].layers[at[1]].mixer.sinks, votes=votes)
+    def scores(k: int) -> Any:  # Float[Array, "R B K S"], or its shape
+        return call(_scores, press, full[k], params.layers.stacks[k].mixer.sinks, votes=votes)
 
-    common, counts = [], _counts(press, full, keep, tokens)
+    common, counts = [], _counts(press, params.layers, full, keep, tokens)
     if eviction.one_list:
         pos = next(iter(full.values())).pos
-        common = call(_select_one, [scores(at) for at in full], pos, min(keep, pos.shape[3]), recent=press.window)
-    held: list[list[Any]] = [list(stacks) for stacks in cache]
-    kept: list[list[Any]] = [[None] * len(stacks) for stacks in cache]
-    for i, ((s, j), stack) in enumerate(full.items()):
+        common = call(_select_one, [scores(k) for k in full], pos, min(keep, pos.shape[3]), recent=press.window)
+    held, kept = list(cache), [None] * len(cache)
+    for i, (k, stack) in enumerate(full.items()):
         if eviction.one_list:
             lists = common[i]
         else:
-            size = min(int(counts[s, j].max()), stack.k.shape[3])
-            lists = call(select_jit, scores((s, j)), size, counts[s, j][..., None])
-        held[s][j], kept[s][j] = call(compact_jit, stack, lists, room), lists
+            size = min(int(counts[k].max()), stack.k.shape[3])
+            lists = call(select_jit, scores(k), size, counts[k][..., None])
+        held[k], kept[k] = call(compact_jit, stack, lists, room), lists
         done(stack)
-    return Evicted(tuple(map(tuple, held)), tuple(map(tuple, kept)))
+    return Evicted(tuple(held), tuple(kept))
 
 
 def programs(
@@ -145,21 +143,18 @@ def programs(
     return found
 
 
-def _full(cache: Any) -> dict[tuple[int, int], KVCache]:
-    """The stacks of caches without a window, by segment and place in its pattern."""
-    return {(s, j): one for s, stacks in enumerate(cache) for j, one in enumerate(stacks) if is_full(one)}
+def _full(cache: Any) -> dict[int, KVCache]:
+    """The stacks of caches without a window."""
+    return {k: one for k, one in enumerate(cache) if is_full(one)}
 
 
 def _counts(
-    press: Press, full: dict[tuple[int, int], KVCache], keep: int, tokens: Sequence[int]
-) -> dict[tuple[int, int], Int[np.ndarray, "R B"]]:
-    """How many tokens each layer keeps of each row. Layers follow one another through a segment's patterns."""
-    order = sorted((s, repeat, j) for (s, j), stack in full.items() for repeat in range(stack.k.shape[0]))
+    press: Press, layers: Layers, full: dict[int, KVCache], keep: int, tokens: Sequence[int]
+) -> dict[int, Int[np.ndarray, "R B"]]:
+    """How many tokens each layer keeps of each row."""
+    order = [k for k, _ in layers.places() if k in full]
     budgets = np.array([press.budgets(keep, n, len(order)) for n in tokens])  # [B, L]
-    return {
-        (s, j): np.stack([budgets[:, order.index((s, repeat, j))] for repeat in range(stack.k.shape[0])])
-        for (s, j), stack in full.items()
-    }
+    return {k: budgets[:, [i for i, other in enumerate(order) if other == k]].T for k in full}
 
 
 @partial(jax.jit, static_argnames=("press", "votes"))

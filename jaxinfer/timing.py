@@ -60,7 +60,7 @@ class Case(Protocol):
 class Calls(NamedTuple):
     """A backend made ready for a case."""
 
-    output: Callable[[], Array]
+    output: Callable[[], Any]
     repeat: Callable[[int], Callable[[], Any]]  # what puts so many calls in flight
     wait: Callable[[Any], Any] = jax.block_until_ready
     lower: Callable[[int], Any] | None = None  # the program of so many calls, where it is JAX's
@@ -118,7 +118,7 @@ def relative(o: ArrayLike, wanted: ArrayLike) -> float:
     return float(np.linalg.norm(o - wanted) / np.linalg.norm(wanted))
 
 
-def of_jax(call: Callable[..., Array], varied: Any, stacks: Sequence[Any], layers: int = 1) -> Calls:
+def of_jax(call: Callable[..., Any], varied: Any, stacks: Sequence[Any], layers: int = 1) -> Calls:
     """Of call(varied, stack, layer): call after call takes the next stack, round after round the next layer.
 
     So each weight of a walk is read from memory, and the index of a layer is data, as in a loop over layers. `varied`
@@ -135,7 +135,7 @@ def of_jax(call: Callable[..., Array], varied: Any, stacks: Sequence[Any], layer
 
         @jax.jit
         def run(varied: Any, stacks: Sequence[Any], first: Array) -> Any:
-            def step(i: Array | int, carry: tuple[Any, list[Array]]) -> tuple[Any, list[Array]]:
+            def step(i: Array | int, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
                 # All results are kept, or the compiler would drop their calls; with the barrier a call waits for the
                 # one before and is another one, or it would make them one, or decode a weight once for several.
                 (varied, _), layer, found = carry, (first + i) % layers, []
@@ -147,8 +147,8 @@ def of_jax(call: Callable[..., Array], varied: Any, stacks: Sequence[Any], layer
 
             if calls == kept:
                 return step(0, (varied, []))[1]
-            o = jax.eval_shape(once, varied, stacks[0], first)
-            return lax.fori_loop(0, calls // kept, step, (varied, [jnp.zeros(o.shape, o.dtype)] * kept))[1]
+            o = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(once, varied, stacks[0], first))
+            return lax.fori_loop(0, calls // kept, step, (varied, [o] * kept))[1]
 
         return run
 

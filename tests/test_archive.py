@@ -22,6 +22,8 @@ from jaxinfer.presses import PyramidKV, SnapKV
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 EVICTION = Eviction(press=SnapKV(window=8), keep=24)
 STOPS = np.array([-1], np.int32)
 MODELS = {"qwen3": jnp.float32, "gemma4-e": jnp.bfloat16, "qwen35": jnp.bfloat16, "gpt-oss": jnp.float32}
@@ -74,8 +76,8 @@ def test_going_on_from_a_file_is_never_having_stopped(name, tmp_path):
     whole = begin(name, 180, 41, ctx=512, chunk=64, dtype=MODELS[name])
     whole.extend(prompts(120, 5))  # the same program again
     types = {str(a.dtype) for a in jax.tree.leaves(whole.cache)}
-    kinds = {type(one).__name__ for stacks in whole.cache for one in stacks}
-    rings = [one.k.shape[3] for stacks in whole.cache for one in stacks if getattr(one, "chunk", None)]
+    kinds = {type(one).__name__ for one in whole.cache}
+    rings = [one.k.shape[3] for one in whole.cache if getattr(one, "chunk", None)]
     assert ("bfloat16" in types) == (MODELS[name] == jnp.bfloat16)
     assert ("DeltaState" in kinds) == (name == "qwen35")
     assert rings == [256] * len(rings)
@@ -150,14 +152,14 @@ def test_the_file_is_plain(tmp_path):
     session.extend(prompts(40, 9))
     session.evict(16)
     session.save(tmp_path / "a")
-    arrays, stack = load_file(tmp_path / "a"), session.cache[0][0]
+    arrays, stack = load_file(tmp_path / "a"), session.cache[0]
     assert stack.k.shape[0] == 2
     assert arrays["layers.1.k"].dtype == bfloat16
     for layer in (0, 1):
         for name in ("k", "v", "pos"):
             np.testing.assert_array_equal(arrays[f"layers.{layer}.{name}"], getattr(stack, name)[layer])
         np.testing.assert_array_equal(arrays[f"layers.{layer}.shift"], stack.shift)
-        np.testing.assert_array_equal(arrays[f"layers.{layer}.kept"], session.kept[0][0][layer])
+        np.testing.assert_array_equal(arrays[f"layers.{layer}.kept"], session.kept[0][layer])
     assert [arrays[f"tokens.{row}"].tolist() for row in (0, 1)] == session.tokens
     np.testing.assert_array_equal(arrays["logits"], session.logits)
     with safe_open(tmp_path / "a", "np") as file:
@@ -180,7 +182,7 @@ def test_packed_and_expanded_weights_read_one_file(tmp_path):
     session.extend(prompts(33, 12))
     session.save(tmp_path / "a")
     other = Session.load(tmp_path / "a", wide.model, wide.params, eviction=EVICTION)
-    assert [len(one.cache[0]) for one in (session, other)] == [1, 2]  # two layers in one stack, or each alone
+    assert [len(one.cache) for one in (session, other)] == [1, 2]  # two layers in one stack, or each alone
     other.save(tmp_path / "b")
     assert_same(Session.load(tmp_path / "b", packed.model, packed.params, eviction=EVICTION), session)
     for one in (session, other):
@@ -268,7 +270,7 @@ def test_what_cannot_be_written(tmp_path):
         with pytest.raises(ValueError, match=f"{path}: the session cannot be written"):
             session.save(path)
     assert os.listdir(tmp_path) == []
-    session.cache[0][0].k.delete()
+    session.cache[0].k.delete()
     with pytest.raises(ValueError, match="lost in an error before"):
         session.save(tmp_path / "a")
 

@@ -449,7 +449,8 @@ def test_info(capfd, chatty):
     assert facts["weights"] == "expanded to float32, on cpu"
     assert facts["activations"] == "float32"
     assert re.fullmatch(
-        r"matmul: \w+, attention: \w+, experts: \w+, delta: \w+, votes: \w+, store: \w+, project: \w+", facts["ops"]
+        r"matmul: \w+, attention: \w+, experts: \w+, delta: \w+, votes: \w+, store: \w+, project: \w+, route: \w+",
+        facts["ops"],
     )
     out = run(capfd, "info", "-m", chatty, "--no-expand", "--dtype", "bfloat16")[1]
     assert "with chat template" in out

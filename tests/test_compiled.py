@@ -20,12 +20,13 @@ from jaxinfer.decoder import Config, LayerParams, Params
 from jaxinfer.layers.attention import AttentionParams, AttentionSpec
 from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.mlp import MlpParams, silu_gate
-from jaxinfer.layers.moe import MoeParams, MoeSpec, softmax_renormalised
+from jaxinfer.layers.moe import MoeParams, MoeSpec
 from jaxinfer.layers.rope import Rope, frequencies
+from jaxinfer.layers.routing import softmax_renormalised
 from jaxinfer.models import qwen3
 from jaxinfer.ops import HOPPER
 from jaxinfer.ops.experts import ExpertParams
-from jaxinfer.segments import Segment
+from jaxinfer.segments import Layers, Segment
 
 MOVES = {"copy", "transpose", "copy-done", "concatenate", "pad"}
 PLACES = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "constant"}
@@ -145,7 +146,7 @@ def published(sharding, *, layers: int, d: int, kv_heads: int, ffn: int, experts
         moe=MoeSpec(used=8, routing=softmax_renormalised, activation=silu_gate) if experts else None,
         dtype=np.dtype(jnp.bfloat16),
     )
-    params = Params(w(vocab, d), (Segment((layer,), layers),), w(d, dtype=f32), w(vocab, d), None)
+    params = Params(w(vocab, d), Layers((layer,), (Segment((0,), layers),)), w(d, dtype=f32), w(vocab, d), None)
     return Model(qwen3, config, HOPPER), params  # pyright: ignore[reportArgumentType]
 
 

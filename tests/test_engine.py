@@ -59,8 +59,8 @@ def test_any_chunk_size_gives_the_same_logits(name):
 def test_stacked_layers_equal_separate_ones():
     ids = prompt(40)
     packed, wide = load("qwen3-Q4_0"), load("qwen3-Q4_0", expand=True)
-    assert [(len(s.layers), s.repeats) for s in packed.params.layers] == [(1, 2)]
-    assert [(len(s.layers), s.repeats) for s in wide.params.layers] == [(2, 1)]
+    assert packed.params.layers.segments == (((0,), 2),)
+    assert wide.params.layers.segments == (((0, 1), 1),)
     one, _ = prefill(packed.model, packed.params, [ids], 16)
     other, _ = prefill(wide.model, wide.params, [ids], 16)
     np.testing.assert_allclose(one, other, **TOLERANCE)
@@ -133,7 +133,7 @@ def test_rows_end_on_their_own():
     )
     np.testing.assert_array_equal(tokens[0], [*free[0][: end + 1], *[-1] * (9 - end)])
     np.testing.assert_array_equal(tokens[1], free[1])
-    held_positions = np.asarray(state.cache[0][0].pos)[0, 0, 0]
+    held_positions = np.asarray(state.cache[0].pos)[0, 0, 0]
     assert held_positions.max() == 8 + end  # nothing of the ended row was stored
     logits, held = prefill(model, params, prompts, 16)
     _, ended = decode(

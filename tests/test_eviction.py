@@ -41,7 +41,7 @@ def prompt(n: int, seed: int = 0) -> list[int]:
 
 def stacks_of(held) -> list[KVCache]:
     """Those that can be evicted from."""
-    return [one for stacks in held for one in stacks if isinstance(one, KVCache) and one.chunk is None]
+    return [one for one in held if isinstance(one, KVCache) and one.chunk is None]
 
 
 def map_full(f, held, *others):
@@ -50,7 +50,7 @@ def map_full(f, held, *others):
     def one(stack, *other):
         return f(stack, *other) if isinstance(stack, KVCache) and stack.chunk is None else stack
 
-    return tuple(tuple(map(one, *stacks)) for stacks in zip(held, *others, strict=True))
+    return tuple(map(one, held, *others))
 
 
 def read(model, params, rows, chunk, held, start=0):
@@ -367,12 +367,12 @@ def test_a_budget_of_2048_of_16384_tokens_takes_an_eighth(name):
 
     held = map_full(fill, model.init_cache(params, 1, 16384, chunk=512, observe=64))
     before = [(s.k.nbytes, s.v.nbytes, size_bytes((s.k, s.v, s.pos))) for s in stacks_of(held)]
-    others = [one for stacks in held for one in stacks if not isinstance(one, KVCache) or one.chunk is not None]
+    others = [one for one in held if not isinstance(one, KVCache) or one.chunk is not None]
     out = snapkv.evict(params, held, Eviction(press=SnapKV()), 2048, [16384], 0, done=lambda old: old.k.delete()).cache
     for (k, v, whole), stack in zip(before, stacks_of(out), strict=True):
         assert (k / stack.k.nbytes, v / stack.v.nbytes) == (8, 8)
         assert whole / size_bytes((stack.k, stack.v, stack.pos)) > 7.8
-    left = [one for stacks in out for one in stacks if not isinstance(one, KVCache) or one.chunk is not None]
+    left = [one for one in out if not isinstance(one, KVCache) or one.chunk is not None]
     assert all(a is b for a, b in zip(others, left, strict=True))
     assert (name == "qwen3") == (not others)
     assert all(s.k.is_deleted() for s in stacks_of(held))
@@ -411,7 +411,7 @@ INTERLEAVED = Eviction(press=SNAP, keep=KEEP, interleaved=True)
 def interleaved_by_hand(ids: list[int]):
     """The algorithm in numpy, but for the model and the scores: after each part the best KEEP keys of each head."""
     model, params = load("qwen3")
-    zero, slots = model.init_cache(params, 1, SLOTS, chunk=PART, observe=WINDOW)[0][0], KEEP + PART
+    zero, slots = model.init_cache(params, 1, SLOTS, chunk=PART, observe=WINDOW)[0], KEEP + PART
     repeats, _, heads, _, width = zero.k.shape
     k, v = np.zeros((2, repeats, 1, heads, slots, width), np.float32)
     pos, recent, shift, lists = np.full(k.shape[:4], -1, np.int32), zero.recent_q, 0, None
@@ -438,17 +438,17 @@ def test_interleaved_eviction_is_the_loop_written_out_and_never_takes_more():
     ids, sizes = prompt(100, 7), []
     session = Session(model, params, ctx=SLOTS, chunk=PART, eviction=INTERLEAVED)
     most = size_bytes(session.cache)
-    session.extend([ids], lambda done, total: sizes.append((size_bytes(session.cache), session.cache[0][0].k.shape[3])))
+    session.extend([ids], lambda done, total: sizes.append((size_bytes(session.cache), session.cache[0].k.shape[3])))
     assert sizes == [(most, KEEP + PART)] * 7
     logits, arrays, lists = interleaved_by_hand(ids)
     ((stack,),) = session.cache
     assert_same((stack.k, stack.v, stack.pos), arrays)
-    np.testing.assert_array_equal(session.kept[0][0], lists)
+    np.testing.assert_array_equal(session.kept[0], lists)
     np.testing.assert_array_equal(session.logits, logits)
     # What an early part did not look at is gone: it is not what an eviction at the end keeps.
     last = Session(model, params, ctx=SLOTS, chunk=PART, eviction=replace(INTERLEAVED, interleaved=False))
     last.extend([ids])
-    one, other = (np.sort(s.evicted(0).cache[0][0].pos) for s in (session, last))
+    one, other = (np.sort(s.evicted(0).cache[0].pos) for s in (session, last))
     assert one.shape == other.shape == (3, 1, 2, KEEP)
     assert (one != other).any()
     assert np.abs(np.asarray(session.logits) - np.asarray(last.logits)).max() > 1e-3

@@ -148,8 +148,8 @@ def test_other_operations_on_a_gpu(name):
     for layer in found.layers:
         assert {one.forms for one in products(layer.prefill)} == {("product",)}
         assert {one.forms for one in products(layer.decode)} == {("multiply and sum, in place",)}
-        assert use(layer.prefill, "experts").forms == ("grouped by expert",)
-        assert use(layer.decode, "experts").forms == ("all choices at once, in place",)
+        for program in (layer.prefill, layer.decode):
+            assert use(program, "experts").forms == ("by XLA; 32 columns are no multiple of 64",)
     assert use(found.prefill, "matmul").forms == ("multiply and sum, in place",)  # the head sees the last token alone
 
 

@@ -203,7 +203,7 @@ def long_prompt(name: str, length: int = 700) -> tuple[File, list[int], np.ndarr
 def rings(model: jaxinfer.Model, params, chunk: int) -> set[int]:
     """The sizes of all caches of a long prompt."""
     made = jax.eval_shape(lambda: model.init_cache(params, 1, 1024, chunk=chunk))
-    return {held.k.shape[3] for segment in made for held in segment}
+    return {held.k.shape[3] for held in made}
 
 
 @every_ring

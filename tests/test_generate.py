@@ -12,6 +12,8 @@ import jaxinfer
 from jaxinfer import Sampler, engine
 from jaxinfer.generate import StopText, plan
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 GREEDY = Sampler.greedy()
 
 

@@ -228,7 +228,7 @@ def test_unknown_keys_are_named_and_known_ones_are_not(path):
 
 def test_arrays_of_one_value_a_layer_are_taken(path):
     save(path, keys(TINY) | {"llama.feed_forward_length": [6, 6], "llama.attention.head_count": [4, 4]}, weights(TINY))
-    assert jaxinfer.load(path).params.layers[0].layers[0].ffn.up.weight.shape == (1, 6, 8)
+    assert jaxinfer.load(path).params.layers.stacks[0].ffn.up.weight.shape == (1, 6, 8)
 
 
 def test_without_key_value_lengths_and_key_heads(path):
@@ -271,7 +271,7 @@ def test_a_fused_weight_with_separate_biases_and_its_faults(path):
     tensors = weights(spec)
     qkv = np.concatenate([tensors.pop(f"blk.0.attn_{x}.weight") for x in "qkv"])
     save(path, keys(spec), tensors | {"blk.0.attn_qkv.weight": qkv})
-    p = jaxinfer.load(path).params.layers[0].layers[0].mixer
+    p = jaxinfer.load(path).params.layers.stacks[0].mixer
     np.testing.assert_array_equal(np.concatenate([x.weight[0] for x in (p.q, p.k, p.v)]), qkv)
     np.testing.assert_array_equal(p.k.bias[0], tensors["blk.0.attn_k.bias"])
     save(path, keys(spec), tensors | {"blk.0.attn_qkv.weight": qkv[:-1], "blk.0.attn_q.weight": qkv[:8]})
@@ -290,7 +290,7 @@ def test_packed_and_expanded_weights_give_the_same_logits(path):
     tensors = save(path, keys(WIDE), weights(WIDE), Q4_K_M)
     packed, wide = (jaxinfer.load(path, expand=expand, dtype="float32") for expand in (False, True))
     assert any(isinstance(w, Packed) for w in jax.tree.leaves(packed.params, is_leaf=lambda w: isinstance(w, Packed)))
-    np.testing.assert_array_equal(wide.params.layers[0].layers[1].ffn.down.weight[0], tensors["blk.1.ffn_down.weight"])
+    np.testing.assert_array_equal(wide.params.layers.stacks[1].ffn.down.weight[0], tensors["blk.1.ffn_down.weight"])
     one, other = (jaxinfer.score(*m[:2], [3, 1, 4, 1, 5, 9], chunk=16) for m in (packed, wide))
     assert np.abs(one - other).max() <= 2e-6 * np.abs(one).max()  # the same numbers, multiplied in another order
 
@@ -299,12 +299,13 @@ def test_a_rhythm_of_weight_types_becomes_one_segment_unless_expanded(path):
     spec = Spec(layers=6, width=256, heads=1, head=8, ffn=4, vocab=11)
     tensors = save(path, keys(spec), weights(spec), {"2.attn_q": Type.Q6_K, "5.attn_q": Type.Q6_K, "attn_q": Type.Q4_K})
     packed, wide = (jaxinfer.load(path, expand=expand).params.layers for expand in (False, True))
-    assert [(len(s.layers), s.repeats) for s in packed] == [(3, 2)]
-    assert [(len(s.layers), s.repeats) for s in wide] == [(6, 1)]  # every layer for itself
+    assert packed.segments == (((0, 0, 1), 2),)
+    assert wide.segments == ((tuple(range(6)), 1),)  # every layer for itself
     for i in range(6):
-        q = packed[0].layers[i % 3].mixer.q.weight, wide[0].layers[i].mixer.q.weight
-        np.testing.assert_array_equal(dense(q[0])[i // 3], tensors[f"blk.{i}.attn_q.weight"])
-        np.testing.assert_array_equal(q[1][0], tensors[f"blk.{i}.attn_q.weight"])
+        for layers in (packed, wide):
+            k, index = list(layers.places())[i]
+            weight = dense(layers.stacks[k].mixer.q.weight)[index]
+            np.testing.assert_array_equal(weight, tensors[f"blk.{i}.attn_q.weight"])
 
 
 def test_packed_weights_take_the_files_bytes(path):
@@ -347,7 +348,7 @@ def test_types_operations_and_device_are_as_asked(path):
     assert model.ops is jaxinfer.REFERENCE
     cache = model.init_cache(params, 2, 16, chunk=16)
     assert {a.dtype.name for a in jax.tree.leaves(cache)} == {"bfloat16", "int32"}
-    assert model.init_cache(params, 2, 16, chunk=16, dtype=jnp.float32)[0][0].k.dtype == jnp.float32
+    assert model.init_cache(params, 2, 16, chunk=16, dtype=jnp.float32)[0].k.dtype == jnp.float32
     assert {a.devices().pop() for a in jax.tree.leaves(params)} == {device}
     half, full = jaxinfer.score(model, params, [1, 2, 3]), jaxinfer.score(*plain[:2], [1, 2, 3])
     assert half.dtype == full.dtype == np.float32

@@ -48,11 +48,11 @@ def unwrapped(held, slots: int):
         repeats, batch, heads, _, width = stack.k.shape
         return caches.empty(repeats, batch, heads, slots, width, stack.k.dtype)
 
-    return tuple(tuple(map(one, stacks)) for stacks in held)
+    return tuple(map(one, held))
 
 
 def rings(held) -> list[KVCache]:
-    return [one for stacks in held for one in stacks if isinstance(one, KVCache) and one.chunk is not None]
+    return [one for one in held if isinstance(one, KVCache) and one.chunk is not None]
 
 
 def read(model, params, parts, chunk, held, start=None):
@@ -140,7 +140,7 @@ def test_keys_before_the_window_are_not_visited():
             seen = stack.pos[:, :, 0] > start[:, None] - 1 - window
             return replace(stack, v=jnp.where(seen[:, :, None, :, None], stack.v, jnp.nan))
 
-        held = tuple(tuple(map(poison, stacks)) for stacks in held) if poisoned else held
+        held = tuple(map(poison, held)) if poisoned else held
         return np.stack(read(model, params, [last], chunk, held, start)[0])
 
     clean = after(skip=True, poisoned=False)

@@ -15,12 +15,12 @@ from jax import lax
 from models import random_blocks
 
 from jaxinfer.gguf import Tensor
-from jaxinfer.layers import moe as layer
+from jaxinfer.layers import routing
 from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.mlp import MlpParams, clamped_gate, gelu_gate, mlp, silu_gate
 from jaxinfer.layers.moe import MoeParams, MoeSpec, moe
 from jaxinfer.ops import REFERENCE
-from jaxinfer.ops.experts import ExpertParams, experts_gpu, experts_reference, group, tile_of
+from jaxinfer.ops.experts import ExpertParams, experts_gpu, experts_reference, group, tile_of, tiles
 from jaxinfer.ops.matmul import FEW
 from jaxinfer.quants import FORMATS, Packed, pack
 
@@ -51,7 +51,7 @@ def params(**fields: np.ndarray) -> ExpertParams:
 @partial(jax.jit, static_argnames=("experts", "activation"))
 def run(experts, p: ExpertParams, layer, x, chosen, weights, valid=None, activation=silu_gate):
     valid = jnp.ones(len(x), bool) if valid is None else valid
-    return experts(p, layer, x, chosen, weights, valid, activation=activation)
+    return experts(p, layer, x, chosen, weights, valid, activation=activation, dtype=jnp.float32)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -210,6 +210,51 @@ def test_groups(m):
     assert g.active[: g.n_active].tolist() == [e for e in range(8) if listed[e]]
 
 
+run_tiles = jax.jit(tiles, static_argnums=(2, 3))
+
+
+def check_tiles(chosen: np.ndarray, valid: np.ndarray, experts: int, tile: int) -> None:
+    """Against a stable sort, each expert's part of it padded to whole tiles."""
+    (m, used), expert = chosen.shape, np.where(valid[:, None], chosen, experts).reshape(-1)
+    got = run_tiles(jnp.asarray(chosen), jnp.asarray(valid), experts, tile)
+    n = -(-m * used // tile) + min(experts, m * used)
+    assert [(a.shape, a.dtype) for a in got] == [(s, jnp.int32) for s in ((m, used), (n * tile,), (n,))]
+    place, source, owner = np.zeros(m * used, int), np.zeros(n * tile, int), np.full(n, experts)
+    order, first = np.argsort(expert, kind="stable"), 0
+    for e in range(experts):
+        mine = order[expert[order] == e]
+        place[mine] = first * tile + np.arange(len(mine))
+        source[place[mine]] = mine // used
+        last = first - (-len(mine) // tile)
+        owner[first:last], first = e, last
+    np.testing.assert_array_equal(got.place, place.reshape(m, used))
+    np.testing.assert_array_equal(got.source, source)
+    np.testing.assert_array_equal(got.expert, owner)
+
+
+def test_tiles_of_all_patterns_of_empty_groups():
+    rng = np.random.default_rng(0)
+    for pattern in range(1, 256):
+        busy = np.flatnonzero([pattern >> e & 1 for e in range(8)])
+        check_tiles(rng.choice(busy, (24, 2)).astype(np.int32), rng.random(24) < 0.8, 8, 4)
+    check_tiles(choices(24, 2, 8), np.zeros(24, bool), 8, 4)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(8, 8), (7, 9), (1, 15), (16, 0), (0, 17), (9, 7, 1), (0, 0, 23, 1), (128, 127, 129)]
+)
+def test_tiles_of_groups_around_their_edges(sizes):
+    chosen = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))[:, None]
+    check_tiles(chosen, np.ones(len(chosen), bool), len(sizes), 8)
+
+
+@pytest.mark.parametrize(
+    ("m", "used", "experts", "tile"), [(1, 1, 1, 1), (1, 8, 128, 64), (300, 3, 60, 128), (97, 10, 512, 16)]
+)
+def test_tiles(m, used, experts, tile):
+    check_tiles(choices(m, used, experts), np.random.default_rng(2).random(m) < 0.9, experts, tile)
+
+
 def test_cost_follows_the_experts_with_tokens():
     m, e, d, seen = 32, 128, 32, []
 
@@ -337,10 +382,10 @@ def recipe_d(r, used):
 
 
 RECIPES = {
-    "a": (layer.softmax_renormalised, recipe_a),
-    "b": (layer.softmax_of_all, recipe_b),
-    "c": (layer.softmax_of_chosen, recipe_c),
-    "d": (layer.sigmoid_of_chosen, recipe_d),
+    "a": (routing.softmax_renormalised, recipe_a),
+    "b": (routing.softmax_of_all, recipe_b),
+    "c": (routing.softmax_of_chosen, recipe_c),
+    "d": (routing.sigmoid_of_chosen, recipe_d),
 }
 every_recipe = pytest.mark.parametrize(("routing", "oracle"), RECIPES.values(), ids=RECIPES)
 
@@ -363,7 +408,7 @@ def test_ties_take_the_lowest_index(routing, oracle):
 
 
 def test_a_sum_of_weights_is_clamped_from_below():
-    _, weights = layer.softmax_renormalised(jnp.zeros((1, 20000)), 1)
+    _, weights = routing.softmax_renormalised(jnp.zeros((1, 20000)), 1)
     np.testing.assert_allclose(weights, [[1 / 20000 / 6.1035e-5]], rtol=1e-5)
 
 
@@ -418,7 +463,7 @@ def test_layer_against_float64(recipe, shape, apart):
 def test_padding_gets_the_shared_expert_alone():
     """In a batch whose rows begin with padding; a token's output is that of the token by itself."""
     w = random_moe(6, 16, 20, shared=24)
-    spec = MoeSpec(used=2, routing=layer.softmax_renormalised, activation=silu_gate)
+    spec = MoeSpec(used=2, routing=routing.softmax_renormalised, activation=silu_gate)
     x, pos = normal(2, 12, 16), np.stack([np.arange(12) - 5, np.arange(12)]).clip(-1).astype(np.int32)
     p = moe_params(w)
     got = np.asarray(jax.jit(lambda p, x, pos: moe(p, 1, x, pos, spec, REFERENCE))(p, x, pos))
@@ -455,7 +500,7 @@ def test_the_router_is_f32_in_a_bf16_model():
         Linear(jnp.asarray(router)),
         params(**{n: np.stack([np.zeros((1, d, d)), np.ones((1, d, d))], 1).astype(np.float32) for n in FIELDS[:3]}),
     )
-    spec = MoeSpec(used=1, routing=layer.softmax_renormalised, activation=jnp.multiply)
+    spec = MoeSpec(used=1, routing=routing.softmax_renormalised, activation=jnp.multiply)
     y = jax.jit(lambda p, x: moe(p, 0, x, jnp.arange(3)[None], spec, REFERENCE))(p, jnp.ones((1, 3, d), jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert (y == d**3).all()

@@ -113,7 +113,7 @@ def test_each_policy_answers_as_a_session_of_its_own(monkeypatch):
     for i, ((policy, eviction), session) in enumerate(zip(some, answering, strict=True)):
         texts[policy] = [one.text for one in got[2 * i : 2 * i + 2]]
         assert [one.recovered for one in got[2 * i : 2 * i + 2]] == [False] * 2, "random weights find nothing"
-        full = [c for stacks in session.cache for c in stacks if isinstance(c, KVCache) and c.chunk is None]
+        full = [c for c in session.cache if isinstance(c, KVCache) and c.chunk is None]
         assert got[2 * i].cache_bytes * 2 == size_bytes(session.cache)
         if policy in ("full", "all", "auto"):
             assert session.kept is None

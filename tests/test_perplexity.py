@@ -16,6 +16,8 @@ from jaxinfer.presses import SnapKV
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 @pytest.fixture(scope="module")
 def loaded():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.segments import Segment, cut, run
+from jaxinfer.segments import Layers, Segment, arrange, cut, run
 
 
 def spelled(signatures, cuts) -> list:
@@ -67,50 +67,58 @@ def test_cut_takes_any_signatures_and_many_layers():
     assert sum(length for length, _ in cut(list(range(126)))) == 126
 
 
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.booleans())
+def test_arranged_layers_are_stacked_by_signature_in_their_order(signatures, unroll):
+    alike, segments = arrange(signatures, unroll=unroll)
+    assert sorted(i for one in alike for i in one) == list(range(len(signatures)))
+    assert all(one == sorted(one) and len({signatures[i] for i in one}) == 1 for one in alike)
+    assert len(alike) == (len(signatures) if unroll else len(set(signatures)))
+    layers = Layers(tuple(alike), segments)
+    assert [alike[k][index] for k, index in layers.places()] == list(range(len(signatures)))
+    assert layers.repeats == tuple(map(len, alike))
+    if not unroll:
+        assert [(len(pattern), repeats) for pattern, repeats in segments] == cut(signatures)
+
+
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 def test_run_is_a_loop_over_the_layers_in_order_and_holds_each_body_once(jit):
-    rng = np.random.default_rng(0)
-    pattern = [(2, 3), (1, 1), (1, 4)]  # 3 times two layers, one, 4 times one
-    layers, segments, caches = [], [], []
-    for length, repeats in pattern:
-        stacks = rng.standard_normal((length, repeats, 5)).astype(np.float32)
-        layers += [stacks[j, r] for r in range(repeats) for j in range(length)]
-        segments.append(Segment(tuple(jnp.asarray(s) for s in stacks), repeats))
-        caches.append(tuple(jnp.zeros((repeats, 5)) for _ in stacks))
+    """Three stacks: a, b and the single c in 3 times (a, a, b), a c, 4 times b, a."""
+    signatures = "aab" * 3 + "c" + "bbbb" + "a"
+    alike, segments = arrange(signatures)
+    assert segments == (((0, 0, 1), 3), ((2,), 1), ((1,), 4), ((0,), 1))
+    weights = np.random.default_rng(0).standard_normal((len(signatures), 5)).astype(np.float32)
+    layers = Layers(tuple(jnp.asarray(weights[one]) for one in alike), segments)
     traced = []
 
     def step(w, i, x, held):
-        traced.append(isinstance(i, int))
+        traced.append((len(w), isinstance(i, int)))
         x = jnp.sin(x * 1.5 + w[i])  # the order of layers matters
         return x, held.at[i].add(x)
 
-    def both(segments, caches, x):
-        return run(segments, caches, x, step)
+    def both(layers, caches, x):
+        return run(layers, caches, x, step)
 
     x = jnp.linspace(-1, 1, 5)
-    got, held = (jax.jit(both) if jit else both)(segments, caches, x)
+    got, held = (jax.jit(both) if jit else both)(layers, tuple(jnp.zeros((len(one), 5)) for one in alike), x)
     want, each = np.linspace(-1, 1, 5), []
-    for w in layers:
+    for w in weights:
         want = np.sin(want * 1.5 + w.astype(np.float64))
         each.append(want)
-    np.testing.assert_allclose(got, want, atol=1e-4)  # f32 rounding, 1.5 times larger by each of 11 layers at most
-    assert traced == [False, False, True, False]  # a plain number where there is nothing to loop over
+    # f32 rounding, at most 1.5 times larger by each of 15 layers, and smaller where the sine is flat
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    # A body for each layer of a pattern; a plain number where there is nothing to choose from.
+    assert traced == [(7, False)] * 2 + [(7, False)] + [(1, True), (7, False), (7, False)]
     assert isinstance(held, tuple)
-    assert [len(one) for one in held] == [2, 1, 1]
-    start = 0
-    for (length, repeats), new in zip(pattern, held, strict=True):
-        for j in range(length):
-            rows = each[start + j : start + length * repeats : length]
-            np.testing.assert_allclose(new[j], rows, atol=1e-4)
-        start += length * repeats
+    for one, new in zip(alike, held, strict=True):
+        np.testing.assert_allclose(new, np.array(each)[one], atol=1e-4)
 
 
-def test_run_carries_any_pytree_and_wants_a_cache_for_every_segment():
-    segment = Segment((jnp.arange(4.0),), 4)
-    x, caches = run([segment], [(None,)], {"sum": jnp.float32(0)}, lambda w, i, x, c: ({"sum": x["sum"] + w[i]}, c))
-    assert (float(x["sum"]), caches) == (6.0, ((None,),))
-    with pytest.raises(ValueError, match="zip"):
-        run([segment], [], x, lambda w, i, x, c: (x, c))
+def test_run_carries_any_pytree_and_wants_a_cache_for_every_stack():
+    layers = Layers((jnp.arange(4.0),), (Segment((0,), 4),))
+    x, caches = run(layers, [None], {"sum": jnp.float32(0)}, lambda w, i, x, c: ({"sum": x["sum"] + w[i]}, c))
+    assert (float(x["sum"]), caches) == (6.0, (None,))
+    with pytest.raises(ValueError, match="0 caches for 1 stacks"):
+        run(layers, [], x, lambda w, i, x, c: (x, c))
 
 
 def test_layers_that_are_not_stacked_are_traced_once_a_signature():
@@ -120,6 +128,7 @@ def test_layers_that_are_not_stacked_are_traced_once_a_signature():
         traced.append(w.shape)
         return x * w[i, :2], held
 
-    layers = tuple(jnp.full((1, n), value) for n, value in ((2, 2.0), (3, 3.0), (2, 5.0), (3, 7.0)))
-    x, _ = jax.jit(lambda s, x: run(s, [(None,) * 4], x, step))([Segment(layers, 1)], jnp.ones(2))
+    stacks = tuple(jnp.full((1, n), value) for n, value in ((2, 2.0), (3, 3.0), (2, 5.0), (3, 7.0)))
+    layers = Layers(stacks, (Segment((0, 1, 2, 3), 1),))
+    x, _ = jax.jit(lambda s, x: run(s, [None] * 4, x, step))(layers, jnp.ones(2))
     assert (x.tolist(), traced) == ([210, 210], [(1, 2), (1, 3)])

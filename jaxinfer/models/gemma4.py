@@ -20,9 +20,10 @@ from jaxinfer.decoder import embed, init_cache, last_of, logits
 from jaxinfer.layers.attention import AttentionParams, AttentionSpec, attention
 from jaxinfer.layers.linear import Linear, linear
 from jaxinfer.layers.mlp import MlpParams, gelu_gate, mlp
-from jaxinfer.layers.moe import MoeParams, moe, softmax_renormalised
+from jaxinfer.layers.moe import MoeParams, moe
 from jaxinfer.layers.norm import rms_norm
 from jaxinfer.layers.rope import Rope
+from jaxinfer.layers.routing import softmax_renormalised
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
 from jaxinfer.ops import Ops
@@ -132,7 +133,7 @@ def load(metadata: Metadata, weights: Weights, dtype: np.dtype) -> tuple[Config,
     read = params(weights, whole, layer, layers=own)
     tail = [layer(Block(weights, f"blk.{i}."), i) for i in range(own, layers)]
     inputs = _embedding(weights, whole) if whole.inputs else None
-    return whole, Params(**{**vars(read), "sharing": weights.segments(tail)}, inputs=inputs)
+    return whole, Params(**{**vars(read), "sharing": weights.layers(tail)}, inputs=inputs)
 
 
 def _mixers(metadata: Metadata, weights: Weights, kinds: Sequence[str]) -> dict[str, AttentionSpec]:
@@ -208,10 +209,10 @@ def forward(
         return (x, number + 1), held
 
     carry, cache = segments.run(params.layers, cache, (x, jnp.int32(0)), layer)
-    if not params.sharing:
+    if not params.sharing.stacks:
         return carry[0], cache
     places = {kind: last_of(params.layers, kind) for kind, _ in config.mixers}
-    sources = {kind: cache[s][j] for kind, (s, j) in places.items()}
+    sources = {kind: cache[k] for kind, k in places.items()}
     recent = {kind: (held.recent_q, jnp.int32(held.k.shape[0])) for kind, held in sources.items()}
 
     def sharing(p: LayerParams, i: Index, carry: tuple[Any, Any], held: None):
@@ -221,12 +222,12 @@ def forward(
         carry, seen = layer(p, i, carry, seen, source=source.k.shape[0] - 1, reader=reader)
         return (carry, recent | {p.kind: (seen.recent_q, reader + 1)}), held
 
-    nothing = tuple((None,) * len(s.layers) for s in params.sharing)
+    nothing = (None,) * len(params.sharing.stacks)
     ((x, _), recent), _ = segments.run(params.sharing, nothing, (carry, recent), sharing)
-    held = [list(caches) for caches in cache]
-    for kind, (s, j) in places.items():
-        held[s][j] = replace(sources[kind], recent_q=recent[kind][0])
-    return x, tuple(map(tuple, held))
+    held = list(cache)
+    for kind, k in places.items():
+        held[k] = replace(sources[kind], recent_q=recent[kind][0])
+    return x, tuple(held)
 
 
 def _inputs(
@@ -248,5 +249,5 @@ def _feed_forward(
     e = p.experts
     assert config.moe is not None
     router = rms_norm(x.astype(jnp.float32), None, config.eps) * config.width**-0.5 * e.router_scale[i]
-    routed = moe(e.moe, i, rms_norm(x, e.norm[i], config.eps), pos, config.moe, ops, router_input=router)
+    routed = moe(e.moe, i, x, pos, config.moe, ops, norm=Norm(e.norm, config.eps), router_input=router)
     return rms_norm(y, e.dense_norm[i], config.eps) + rms_norm(routed, e.post_norm[i], config.eps)

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxinfer.decoder import Config, LayerParams, Params, forward, init_cache, logits
 from jaxinfer.layers.mlp import clamped_gate
-from jaxinfer.layers.moe import softmax_of_chosen
+from jaxinfer.layers.routing import softmax_of_chosen
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
 from jaxinfer.reading import Block, attention_spec, blocks, config, moe_spec, params, rope

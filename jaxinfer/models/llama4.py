@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxinfer.decoder import Config, LayerParams, Params, forward, init_cache, logits
-from jaxinfer.layers.moe import sigmoid_of_chosen
+from jaxinfer.layers.routing import sigmoid_of_chosen
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
 from jaxinfer.reading import Block, attention_spec, config, moe_spec, params, rope

@@ -20,7 +20,7 @@ from jaxinfer.metadata import Metadata
 from jaxinfer.ops import Ops
 from jaxinfer.quants import Weight
 from jaxinfer.reading import Block, attention_spec, blocks, config, params, rope
-from jaxinfer.segments import Segment
+from jaxinfer.segments import Layers
 from jaxinfer.tree import pytree
 
 __all__ = ["Config", "Params", "draft", "draft_logits", "forward", "init_cache", "init_draft_cache", "load", "logits"]
@@ -33,7 +33,7 @@ class DraftParams:
     embedding_norm: Array  # [D]
     hidden_norm: Array  # [D]
     join: Linear  # [D, 2D]
-    layers: tuple[Segment, ...]  # one, of one layer
+    layers: Layers  # one
     norm: Array | None  # [D]; None: the model's last norm
     embedding: Weight | None  # [V, D]; None: the model's
     head: Weight | None  # [V, D]; None: the model's
@@ -138,7 +138,7 @@ def _draft(weights: Weights, config: Config, read: Callable[[Block, int], LayerP
         embedding_norm=block.norm("nextn.enorm", d),
         hidden_norm=block.norm("nextn.hnorm", d),
         join=block.linear("nextn.eh_proj", d, 2 * d),
-        layers=weights.segments([read(block, config.layers)]),
+        layers=weights.layers([read(block, config.layers)]),
         norm=weights.optional(f"{block.prefix}nextn.shared_head_norm.weight", d),
         embedding=weights.optional(f"{block.prefix}nextn.embed_tokens.weight", config.vocab, d),
         head=weights.optional(f"{block.prefix}nextn.shared_head_head.weight", config.vocab, d),
@@ -168,7 +168,7 @@ def draft(
     x = embed(params.embedding if p.embedding is None else p.embedding, tokens, config)
     x = rms_norm(x, p.embedding_norm, config.eps)
     y = jnp.concatenate([x, rms_norm(hidden.astype(x.dtype), p.hidden_norm, config.eps)], axis=-1)
-    y, cache = layer(p.layers[0].layers[0], 0, linear(p.join, None, y, ops), pos, cache, config, ops)
+    y, cache = layer(p.layers.stacks[0], 0, linear(p.join, None, y, ops), pos, cache, config, ops)
     return rms_norm(y, params.norm if p.norm is None else p.norm, config.eps), cache
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxinfer.decoder import Config, Params, forward, init_cache, logits
-from jaxinfer.layers.moe import softmax_renormalised
+from jaxinfer.layers.routing import softmax_renormalised
 from jaxinfer.loader import Weights
 from jaxinfer.metadata import Metadata
 from jaxinfer.reading import decoder

@@ -21,8 +21,9 @@ from jaxinfer.ops.attention import (
     attention_tiles,
 )
 from jaxinfer.ops.delta import gated_delta_chunked, gated_delta_reference
-from jaxinfer.ops.experts import experts_gpu, experts_reference
+from jaxinfer.ops.experts import experts_gpu, experts_hopper, experts_reference
 from jaxinfer.ops.matmul import matmul_gpu, matmul_hopper, matmul_reference, project_hopper, project_reference
+from jaxinfer.ops.route import route_ampere, route_reference
 from jaxinfer.ops.store import store_ampere, store_reference
 from jaxinfer.ops.votes import votes_hopper, votes_reference
 from jaxinfer.tree import Device
@@ -36,20 +37,22 @@ class Ops(NamedTuple):
     votes: Callable[..., Array] = votes_reference
     store: Callable[..., tuple[Array, KVCache]] = store_reference
     project: Callable[..., tuple[Array, ...]] = project_reference
+    route: Callable[..., tuple[Array, Array]] = route_reference
 
 
 REFERENCE = Ops(matmul_reference, attention_reference, experts_reference, gated_delta_reference)
 CPU = Ops(matmul_reference, attention_blocks, experts_reference, gated_delta_chunked)
 GPU = Ops(matmul_gpu, attention_tiles, experts_gpu, gated_delta_chunked)
-AMPERE = GPU._replace(attention=attention_ampere, store=store_ampere)
+AMPERE = GPU._replace(attention=attention_ampere, store=store_ampere, route=route_ampere)
 HOPPER = Ops(
     matmul_hopper,
     attention_hopper,
-    experts_gpu,
+    experts_hopper,
     gated_delta_chunked,
     votes_hopper,
     store_ampere,
     project_hopper,
+    route_ampere,
 )
 
 

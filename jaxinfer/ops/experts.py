@@ -1,18 +1,23 @@
 """Routed experts: each row of activations passes through the few networks that were chosen for it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.ops.form import form
-from jaxinfer.ops.matmul import FEW, matmul_reference
-from jaxinfer.quants import Weight, at, dense
+from jaxinfer.ops.matmul import FEW, MOST, Norm, matmul_reference, normed
+from jaxinfer.pallas import grouped, matvec
+from jaxinfer.pallas.limbs import Limbs, limbs
+from jaxinfer.pallas.reduce import UNIT, reduce, reduce_reference
+from jaxinfer.quants import Packed, Weight, at, dense
 from jaxinfer.tree import Index, pytree
 
 type Activation = Callable[[Array, Array], Array]  # (gate, up) -> hidden
@@ -30,6 +35,17 @@ class ExpertParams:
     up_bias: Array | None = None  # [R, E, F]
     down_bias: Array | None = None  # [R, E, D]
     scale: Array | None = None  # [R, E], of an expert's output with its bias
+
+
+class Tiles(NamedTuple):
+    """Assignments laid out by expert, in their own order, each expert's in a run of whole tiles of rows.
+
+    What is static are n tiles, ceil(M A / tile) + min(E, M A): each expert that is chosen fills one in part at most.
+    """
+
+    place: Int[Array, "M A"]  # the row of an assignment; 0 for those of padding
+    source: Int[Array, " rows"]  # the token whose activations a row takes; 0 for rows that are nobody's
+    expert: Int[Array, " n"]  # whose a tile is; E for those behind the last
 
 
 class Groups(NamedTuple):
@@ -50,19 +66,25 @@ def experts_reference(
     valid: Bool[Array, " M"],
     *,
     activation: Activation,
+    norm: Norm | None = None,
+    dtype: DTypeLike,
+    **added: Array,
 ) -> Float[Array, "M D"]:
-    """The sum over a of weights[m, a] * expert[chosen[m, a]](x[m]), in the order of a; f32, zeros where not valid.
+    """The sum over a of weights[m, a] * expert[chosen[m, a]](x[m]), in the order of a; zeros where not valid.
 
-    An expert is scale * (down @ activation(gate @ x + bias, up @ x + bias) + bias): operands in x's type, the rest in
-    f32. Many rows are grouped by expert, see `_grouped` for what that takes; few pass one choice after the other.
+    x is normed before if there is a norm. An expert is scale * (down @ activation(gate @ x + bias, up @ x + bias) +
+    bias): operands in x's type, the rest in f32. Many rows are grouped by expert, see `_grouped` for what that takes;
+    few pass one choice after the other. The `dtype` of the result and what is `added` to the sum are
+    `reduce_reference`'s.
     """
+    x = normed(x, norm, layer)
     if len(x) > FEW:
         with form("grouped by expert"):
-            y = _grouped(p, layer, x, chosen, valid, activation)
+            rows, place = _grouped(p, layer, x, chosen, valid, activation)
     else:
         with form("choice by choice"):
-            y = _each(p, layer, x, chosen, lambda one: partial(lax.map, one), _product, activation)
-    return _weighted(y, weights, valid)
+            rows, place = _each(p, layer, x, chosen, lambda one: partial(lax.map, one), _product, activation)
+    return reduce_reference(rows, place, weights, valid, dtype=dtype, **added)
 
 
 def experts_gpu(
@@ -74,28 +96,105 @@ def experts_gpu(
     valid: Bool[Array, " M"],
     *,
     activation: Activation,
+    norm: Norm | None = None,
+    **options: Any,
 ) -> Float[Array, "M D"]:
     """The reference's sum; few rows are multiplied and summed as in `matmul_gpu`, all of their choices at once.
 
     Picking the experts, decoding and product are then one fusion, which reads the chosen ones where they lie.
     """
     if len(x) > FEW:
-        return experts_reference(p, layer, x, chosen, weights, valid, activation=activation)
+        return experts_reference(p, layer, x, chosen, weights, valid, activation=activation, norm=norm, **options)
 
     def product(x: Array, w: Weight) -> Array:
         return (x[:, None].astype(jnp.float32) * dense(w)).sum(-1)
 
     with form("all choices at once, in place"):
-        y = _each(p, layer, x, chosen, jax.vmap, product, activation)
-    return _weighted(y, weights, valid)
+        rows, place = _each(p, layer, normed(x, norm, layer), chosen, jax.vmap, product, activation)
+    return reduce_reference(rows, place, weights, valid, **options)
 
 
-def _weighted(outputs: Iterable[Array], weights: Array, valid: Array) -> Float[Array, "M D"]:
-    """The A outputs of every row by their weights. A fold written out: the order of an f32 `sum` is not defined."""
-    total = jnp.zeros((), jnp.float32)
-    for w, y in zip(weights.T, outputs, strict=True):
-        total += w[:, None] * y.astype(jnp.float32)
-    return jnp.where(valid[:, None], total, 0)
+def experts_hopper(
+    p: ExpertParams,
+    layer: Index,
+    x: Float[Array, "M D"],
+    chosen: Int[Array, "M A"],
+    weights: Float[Array, "M A"],
+    valid: Bool[Array, " M"],
+    *,
+    activation: Activation,
+    norm: Norm | None = None,
+    **options: Any,
+) -> Float[Array, "M D"]:
+    """The reference's sum, by kernels.
+
+    Many rows are laid out by expert for two grouped products; few read their own choices' weights, a choice at a time.
+    One launch adds up the choices. An expert's scale is multiplied with the choice's weight.
+    """
+    few = len(x) <= MOST
+    if why := beyond(p, few):
+        with form("by XLA", why):
+            return experts_gpu(p, layer, x, chosen, weights, valid, activation=activation, norm=norm, **options)
+    if p.scale is not None:
+        weights = weights * p.scale[layer, chosen].astype(jnp.float32)
+    with form("few rows, choice by choice" if few else "grouped products"):
+        rows, place = (_chosen if few else _laid_out)(p, layer, x, norm, chosen, valid, activation)
+        return reduce(rows, place, weights, valid, **options)
+
+
+def beyond(p: ExpertParams, few: bool) -> str | None:
+    """Why there are no kernels for experts, None where there are."""
+    ups = [p.gate] if p.up is None else [p.gate, p.up]
+    if p.down.shape[-2] % UNIT:
+        return f"{p.down.shape[-2]} columns are no multiple of {UNIT}"
+    if few:
+        return next((why for w in ups if (why := matvec.beyond(w, 3 - len(ups)))), None) or matvec.beyond(p.down)
+    return grouped.beyond(ups, 3 - len(ups)) or grouped.beyond([p.down])
+
+
+def _chosen(
+    p: ExpertParams, layer: Index, x: Array, norm: Norm | None, chosen: Array, valid: Array, activation: Activation
+) -> tuple[Float[Array, "n D"], Int[Array, "M A"]]:
+    """The f32 outputs of few rows' choices, and which one is whose."""
+    # A single row is padding only where all is done: then its experts are read in vain, else a launch is saved.
+    chosen = chosen if len(x) == 1 else jnp.where(valid[:, None], chosen, p.down.shape[1])
+    (ups, up_biases), (downs, down_biases) = _sides(p)
+
+    def product(x: Limbs, ws: list[Weight], **options: Any) -> Array:
+        return matvec.product(x, [ws], layer, experts=chosen.reshape(-1), **options)[0]
+
+    own = limbs(x, norm and norm.weight, layer, norm and norm.eps)
+    h = product(own, ups, biases=up_biases and [up_biases], combine=activation, dtype=x.dtype)
+    own = limbs(h, None, layer, None)
+    y = product(own, downs, biases=down_biases and [down_biases], dtype=jnp.float32)
+    return y, jnp.asarray(np.arange(chosen.size, dtype=np.int32).reshape(chosen.shape))  # a constant: no launch
+
+
+def _laid_out(
+    p: ExpertParams, layer: Index, x: Array, norm: Norm | None, chosen: Array, valid: Array, activation: Activation
+) -> tuple[Float[Array, "n D"], Int[Array, "M A"]]:
+    """The outputs of many rows' choices, in x's type, laid out by expert in whole tiles; and which one is whose."""
+    tile, experts = layout_tile(chosen.size, p.down.shape[1]), p.down.shape[1]
+    to = tiles(chosen, valid, experts, tile)
+    (ups, up_biases), (downs, down_biases) = _sides(p)
+    product = partial(grouped.grouped, layer=layer, expert_of_tile=to.expert, tile=tile, dtype=x.dtype)
+    x = normed(x, norm, layer)
+    rows = (grouped.permuted(x) if isinstance(p.gate, Packed) else x)[to.source]
+    packed = isinstance(p.down, Packed)
+    h = product(rows, ups, biases=up_biases, combine=activation, permute=packed)
+    return product(h, downs, biases=down_biases), to.place
+
+
+def _sides(p: ExpertParams) -> list[tuple[list[Weight], list[Array] | None]]:
+    """The weights of gate and up, which may be one, and of down, each with their biases."""
+    ups = [(p.gate, p.gate_bias)] if p.up is None else [(p.gate, p.gate_bias), (p.up, p.up_bias)]
+    sides = [list(zip(*side, strict=True)) for side in (ups, [(p.down, p.down_bias)])]
+    return [(list(ws), None if any(b is None for b in biases) else list(biases)) for ws, biases in sides]
+
+
+def layout_tile(assignments: int, experts: int) -> int:
+    """Rows to which an expert's are filled up: the fewer it has the fewer."""
+    return 16 if assignments < 64 * experts else 32
 
 
 def _each(
@@ -106,21 +205,22 @@ def _each(
     over: Callable[[Callable[..., Array]], Callable[..., Array]],
     product: Product,
     activation: Activation,
-) -> Array:
-    """The outputs of every choice, f32 [A, M, D], as `over(one)((rows, experts))` gives them."""
+) -> tuple[Float[Array, "n D"], Int[Array, "M A"]]:
+    """The f32 outputs of every choice, as `over(one)((rows, experts))` gives them, and which one is whose."""
 
     def one(choice: tuple[Array, Array]) -> Array:
         row, e = choice
         return _expert(at(p, layer, e), row[None], product, activation)[0]
 
     rows = jnp.broadcast_to(x, (chosen.shape[1], *x.shape)).reshape(-1, x.shape[1])
-    return over(one)((rows, chosen.T.reshape(-1))).reshape(*chosen.T.shape, -1)
+    place = jnp.arange(chosen.size, dtype=jnp.int32).reshape(chosen.T.shape).T
+    return over(one)((rows, chosen.T.reshape(-1))), place
 
 
 def _grouped(
     p: ExpertParams, layer: Index, x: Array, chosen: Array, valid: Array, activation: Activation
-) -> list[Array]:
-    """The A outputs of every row, each [M, D] in x's type, expert by expert (MegaBlocks, arXiv:2211.15841).
+) -> tuple[Float[Array, "n D"], Int[Array, "M A"]]:
+    """The outputs of every choice in x's type, expert by expert, and which one is whose (MegaBlocks, arXiv:2211.15841).
 
     A loop over the experts that a valid row chose decodes each of them once, and multiplies its rows a tile at a time;
     other experts and padding cost nothing. The memory it takes beside x is that of one expert's weights in x's type, of
@@ -151,7 +251,7 @@ def _grouped(
 
     y = lax.fori_loop(0, n_active, visit_expert, jnp.zeros((n + tile, x.shape[1]), x.dtype))
     place = jnp.zeros(n, order.dtype).at[order].set(jnp.arange(n, dtype=order.dtype), unique_indices=True)
-    return [y[to] for to in place.reshape(chosen.shape).T]
+    return y, place.reshape(chosen.shape)
 
 
 def _product(x: Array, w: Weight) -> Float[Array, "n F"]:
@@ -181,6 +281,41 @@ def group(chosen: Int[Array, "M A"], valid: Bool[Array, " M"], experts: int) -> 
         active=jnp.argsort(~busy, stable=True),
         n_active=busy.sum(dtype=jnp.int32),
     )
+
+
+def tiles(chosen: Int[Array, "M A"], valid: Bool[Array, " M"], experts: int, tile: int) -> Tiles:
+    """Lays assignments out by counting, for GPUs; those of rows that are not valid belong to no expert.
+
+    An assignment's rank is the number of equal ones before it: in its block of about sqrt(M A) by comparing, and in
+    the blocks before by their histograms. So a GPU takes a few reductions where a sort passes over all many times; a
+    CPU sorts in a fraction of that, see `group`.
+    """
+    expert = jnp.where(valid[:, None], chosen, experts).reshape(-1)
+    n = expert.size
+    block = 1 << n.bit_length() // 2
+    blocks = jnp.pad(expert, (0, -n % block), constant_values=experts).reshape(-1, block)
+    index = jnp.arange(block)
+    rank = ((blocks[:, :, None] == blocks[:, None]) & (index[:, None] > index)).sum(2, dtype=jnp.int32)
+    counts = (blocks[..., None] == jnp.arange(experts)).sum(1, dtype=jnp.int32)
+    before = _sums_before(counts)  # the last: of all blocks
+    starts = _sums_before(-(-before[-1] // tile))  # in tiles
+    place = jnp.take_along_axis(tile * starts[:-1] + before[:-1], blocks, axis=1, mode="clip") + rank
+    place, count = place.reshape(-1)[:n], -(-n // tile) + min(experts, n)
+    own = jnp.arange(n, dtype=jnp.int32)
+    to = jnp.where(expert < experts, place, count * tile + own)  # distinct and out of range: dropped
+    source = jnp.zeros(count * tile, jnp.int32).at[to].set(own // chosen.shape[1], mode="drop", unique_indices=True)
+    return Tiles(
+        place=jnp.where(expert < experts, place, 0).reshape(chosen.shape),
+        source=source,
+        expert=(starts[1:, None] <= jnp.arange(count)).sum(0, dtype=jnp.int32),
+    )
+
+
+def _sums_before(x: Int[Array, "n *rest"]) -> Int[Array, "n+1 *rest"]:
+    """The sums of the first 0, 1, ... n: a single reduction, where a cumulative sum is several."""
+    n = len(x)
+    earlier = jnp.tri(n + 1, n, -1, bool).reshape(n + 1, n, *(1,) * (x.ndim - 1))
+    return jnp.where(earlier, x, 0).sum(1)
 
 
 def tile_of(assignments: int, experts: int) -> int:

@@ -74,6 +74,10 @@ class Norm:
     eps: float = static()
 
 
+def normed(x: Float[Array, "*n D"], norm: Norm | None, layer: Index) -> Float[Array, "*n D"]:
+    return x if norm is None else rms_norm(x, norm.weight[layer], norm.eps)
+
+
 def project_reference(
     x: Float[Array, "B T D"],
     weights: Sequence[Weight],
@@ -88,7 +92,7 @@ def project_reference(
 
     Where they are to be combined, there is one result, combine(*products). A residual is added to the only result.
     """
-    y = x if norm is None else rms_norm(x, norm.weight[layer], norm.eps)
+    y = normed(x, norm, layer)
     ys = tuple(matmul(y, w, layer) for w in weights)
     ys = ys if combine is None else (combine(*ys),)
     return ys if residual is None else tuple(residual + y for y in ys)

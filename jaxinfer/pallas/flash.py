@@ -141,7 +141,7 @@ def _attend(
     rounds = -(-items // ctas)
     factor = scale * LOG2E if softcap is None else LOG2E  # weights are powers of 2
 
-    def body(q_gmem, k_gmem, v_gmem, held_gmem, pos_gmem, layer_gmem, shift_gmem, tops_gmem, o_gmem, *scratch):
+    def flash_prefill(q_gmem, k_gmem, v_gmem, held_gmem, pos_gmem, layer_gmem, shift_gmem, tops_gmem, o_gmem, *scratch):
         q_smem, k_smem, v_smem, own_smem, q_full, q_free, k_full, k_free, v_full, v_free, turn, met = scratch
         o_smem = q_smem if own_smem is None else own_smem
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -359,7 +359,7 @@ def _attend(
     q_shape, kv_shape = (sets, halves, ROWS, half_width), (stages, halves, keys, half_width)
     room = 4 * width * (blocks.rows + stages * keys) <= SHARED  # for outputs of their own
     return plgpu.kernel(
-        body,
+        flash_prefill,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(ctas,),
         grid_names=("cta",),

@@ -148,7 +148,7 @@ def _attend(
     def zeros(columns: int) -> Array:
         return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), ACC)
 
-    def body(layer_gmem, shift_gmem, pos_gmem, sinks_gmem, q_gmem, k_gmem, v_gmem, held_gmem, *rest):
+    def flash_decode(layer_gmem, shift_gmem, pos_gmem, sinks_gmem, q_gmem, k_gmem, v_gmem, held_gmem, *rest):
         *outs, s_smem = rest
         head, tile = lax.axis_index("head"), lax.axis_index("tile")
         row, kv_head = lax.div(head, kv_heads), lax.rem(head, kv_heads)
@@ -250,7 +250,7 @@ def _attend(
     if splits > 1:
         out = [jax.ShapeDtypeStruct((heads, splits, m, *end), jnp.float32) for end in ((width,), ())]
     return plgpu.kernel(
-        body,
+        flash_decode,
         out_type=out,
         grid=(heads, tiles, workers),
         grid_names=("head", "tile", "worker"),
@@ -310,7 +310,7 @@ def join(
     threads = math.gcd(width, WARPS * LANES)  # one has a column; the parts are loaded at once
     columns = _columns(threads)
 
-    def body(o_gmem, lse_gmem, out_gmem):
+    def flash_join(o_gmem, lse_gmem, out_gmem):
         head, index, piece = (lax.axis_index(name) for name in ("head", "index", "piece"))
         mine, cols = m - t * group + index, pl.ds(piece * threads, threads)
         sums = [lse_gmem[head, p, mine] for p in range(parts)]
@@ -326,7 +326,7 @@ def join(
         out_gmem[*place, cols] = out.astype(dtype)
 
     return plgpu.kernel(
-        body,
+        flash_join,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         grid=(heads, t * group, width // threads),
         grid_names=("head", "index", "piece"),

@@ -5,6 +5,7 @@ that is given by the row's length, which takes less time than another launch.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu.fragmented_array import Replicated
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.layers.norm import rms_norm
@@ -21,7 +23,7 @@ from jaxinfer.tree import Index, pytree
 RUN, PART = 32, 16  # elements of a scale, of a sum
 BITS, LEAST = 13, -100  # the exponent of the largest integer of a run; the least exponent of a scale
 ROUND = 1.5 * 2**23  # added to an f32 it leaves the nearest integer, to even, in the last bits
-UNIT, MOST, THREADS = 256, 512, 128  # what divides a row; elements of a CTA, at most; its threads
+WHOLE, MOST, THREADS = 64, 512, 128  # what divides a row; elements of a CTA, at most; its threads
 
 
 @pytree
@@ -64,6 +66,7 @@ def _scale(largest: Int[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, 
     return jnp.where(exponent == 255, jnp.nan, scale), inverse
 
 
+@partial(jax.jit, static_argnames=("eps", "interpret"))
 def limbs(
     x: Float[Array, "M D"],
     norm: Float[Array, "R D"] | None,
@@ -74,20 +77,23 @@ def limbs(
 ) -> Limbs:
     """`limbs_reference` in one launch for sm_80, 89 and 90; a row's bits do not depend on the others.
 
-    Raises NotImplementedError where D is no multiple of 256, ValueError for a norm without eps.
+    Raises NotImplementedError where D is no multiple of 64, ValueError for a norm without eps.
     """
     m, width = x.shape
-    if width % UNIT:
-        raise NotImplementedError(f"limbs: rows of {width} are no multiple of {UNIT}")
+    if width % WHOLE:
+        raise NotImplementedError(f"limbs: rows of {width} are no multiple of {WHOLE}")
     if norm is not None and eps is None:
         raise ValueError("a norm needs its eps")
     own = math.gcd(width, MOST)
-    runs, vector = own // RUN, own // THREADS
+    runs, vector = own // RUN, max(own // THREADS, 1)
     shape = (runs, 2, 4, 4)  # of a CTA's elements: run, half of it, word, byte
-    layout = registers.layout([shape, (runs // 4, 2, 4, vector)], (-8,), (-4, -3, -2, -5))
+    warps = (-8,) if runs > 2 else (-8, Replicated(2))  # two warps make the same where there are only two runs
+    layout = registers.layout([shape, (max(runs // 4, 1), 2, 4, vector)], warps, (-4, -3, -2, -5))
     strided = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // THREADS, 16 // x.dtype.itemsize))
+    if width % THREADS:  # each warp has the whole row
+        strided = registers.layout([(own,), (own // 32,)], (Replicated(4),), (-2,))
 
-    def body(layer_gmem, x_gmem, row_gmem, norm_gmem, codes_gmem, scale_gmem, sums_gmem):
+    def make_limbs(layer_gmem, x_gmem, row_gmem, norm_gmem, codes_gmem, scale_gmem, sums_gmem):
         token = lax.axis_index("token")
         mine = pl.ds(lax.axis_index("part") * runs, runs)
 
@@ -102,7 +108,7 @@ def limbs(
         layer = layer_gmem[0]
         y = load(x_gmem.at[token, mine])
         if eps is not None:
-            row = plgpu.load(row_gmem.at[token], layout=strided)
+            row = plgpu.load(row_gmem.at[token], layout=strided, optimized=False)
             weight = None if norm_gmem is None else load(norm_gmem.at[layer, mine])  # last, as it waits for the layer
             row = row.astype(jnp.float32)
             y = y * lax.rsqrt((row * row).sum() * (1 / width) + eps)
@@ -121,7 +127,7 @@ def limbs(
 
     r = width // RUN
     codes, scale, sums = plgpu.kernel(
-        body,
+        make_limbs,
         out_type=[
             jax.ShapeDtypeStruct((m, r, 2, 2, 4), jnp.int32),
             jax.ShapeDtypeStruct((m, r), jnp.float32),

@@ -13,9 +13,10 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 inline: Any = plgpu.inline_mgpu  # the decorated function's first argument, a context, is not its caller's
 
@@ -23,13 +24,16 @@ type Words = Shaped[Array, "16 4 4"]  # [row, warp, t]
 type Sums = Shaped[Array, "16 4 8"]  # [row, warp, column]
 type Heads = Shaped[Array, "16 4"]  # [row, warp]
 
+PERMUTED = (0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)  # of 16 columns, as `operand` has them
 
-def layout(tiles: Sequence[tuple[int, ...]], warps: Sequence[Any], lanes: Sequence[Any]) -> Any:
-    """A layout by its tilings, and by the dimensions that they make which warps and lanes share; a register's is last.
+
+def layout(tiles: Sequence[tuple[int, ...]], warps: Sequence[Any], lanes: Sequence[Any], vector: int = -1) -> Any:
+    """A layout by its tilings, and by the dimensions that they make: of warps, of lanes, and in a register.
 
     See jax.experimental.mosaic.gpu.fragmented_array.TiledLayout.
     """
-    t = fa.TiledLayout(fa.Tiling(tuple(tiles)), tuple(warps), tuple(lanes), -1, _check_canonical=False).canonicalize()
+    t = fa.TiledLayout(fa.Tiling(tuple(tiles)), tuple(warps), tuple(lanes), vector, _check_canonical=False)
+    t = t.canonicalize()
     return plgpu.Layout.TILED(t.tiling, t.warp_dims, t.lane_dims, t.vector_dim)
 
 
@@ -49,21 +53,32 @@ LIMBS = layout([(4, 4, 2, 4), (1, 4, 2, 4), (1,)], (-9,), (-4, -3, -2))  # [warp
 COLUMNS = layout([(4, 4), (1, 4), (1,)], (-5,), (fa.Replicated(8), -2))  # [warp, t]
 COUPLES = layout([(4, 2), (1, 2), (1,)], (-5,), (fa.Replicated(8), -2, fa.Replicated(2)))  # [warp, t // 2]
 
+# Rows of a product in pairs, to be stored as columns; and in the order of PERMUTED, see permute_rows.
+TURNED = plgpu.Layout.WGMMA_TRANSPOSED
+TURNED_PERMUTED = layout([(64, 8), (16, 8), (8, 8), (4, 8), (2, 2), (2, 1)], (-12,), (-6, -8, -3, -5), -2)
 
-def bytes_layout(size: int) -> Any:
-    """Of [row, byte], where each warp has `size` bytes of a row: bytes 4 t to 4 t + 3 of every 16."""
+
+def bytes_layout(size: int, rows: int = 16) -> Any:
+    """Of [row, byte], where each warp has `size` bytes of a row: bytes 4 t to 4 t + 3 of every 16.
+
+    Warps share the bytes of 16 rows, or 64 rows.
+    """
+    if rows == 64:
+        return layout([(64, size), (16, size), (8, 16), (4,)], (-7,), (-3, -2))
     return layout([(16, 4 * size), (8, size), (8, 16), (4,)], (-6,), (-3, -2))
 
 
-def words(x: Shaped[Array, "16 n"], *, interpret: bool) -> tuple[Words, ...]:
+def words(x: Shaped[Array, "rows n"], *, interpret: bool) -> tuple[Words, ...]:
     """The little-endian words of each 16 bytes of a warp, in `bytes_layout`."""
-    count = x.shape[1] // 64
+    rows, width = x.shape
+    count = width * rows // 1024
     if interpret:
-        w = lax.bitcast_convert_type(x.reshape(16, 4, count, 4, 4), jnp.int32)
+        w = lax.bitcast_convert_type(x.reshape(-1, 16, width // (16 * count), count, 4, 4), jnp.int32)
+        w = w.swapaxes(0, 1).reshape(16, 4, count, 4)
         return tuple(w[:, :, i] for i in range(count))
     one = plgpu.ShapeDtypeStruct((16, 4, 4), jnp.int32, WORDS)
 
-    @inline(arg_types=(bytes_layout(16 * count),), return_type=(one,) * count)
+    @inline(arg_types=(bytes_layout(16 * count, rows),), return_type=(one,) * count)
     def relabel(ctx: Any, x: fa.FragmentedArray) -> tuple[fa.FragmentedArray, ...]:
         found = np.array([_cast(r, (1,)) for r in x.registers.flatten()], dtype=object).reshape(2, count)
         return tuple(_array(found[:, i], WORDS, (16, 4, 4)) for i in range(count))
@@ -89,9 +104,8 @@ def spread(first: Array, second: Array, of: Any, *, interpret: bool) -> Sums:
     They are [row, warp], [row, warp, t], [warp, t] or, a value for two of t, [warp, t // 2].
     """
     if interpret:
-        axes = {HEADS: (slice(None), slice(None), None), COLUMNS: (None,), COUPLES: (None,), WORDS: ()}[of]
-        two = (jnp.repeat(a, 2, axis=1) if of == COUPLES else a for a in (first, second))
-        return jnp.stack([jnp.broadcast_to(a[axes], (16, 4, 4)) for a in two], axis=-1).reshape(16, 4, 8)
+        two = [a[..., None] if of == HEADS else jnp.repeat(a, 4 // a.shape[-1], axis=-1) for a in (first, second)]
+        return jnp.stack([jnp.broadcast_to(a, (16, 4, 4)) for a in two], axis=-1).reshape(16, 4, 8)
 
     @inline(arg_types=(of, of), return_type=plgpu.ShapeDtypeStruct((16, 4, 8), first.dtype, SUMS))
     def relabel(ctx: Any, first: fa.FragmentedArray, second: fa.FragmentedArray) -> fa.FragmentedArray:
@@ -103,16 +117,19 @@ def spread(first: Array, second: Array, of: Any, *, interpret: bool) -> Sums:
     return relabel(first, second)
 
 
-def mma(acc: Sums, a: tuple[Words, ...], b: tuple[Int[Array, "4 4 2 4"], ...], *, interpret: bool) -> Sums:
-    """acc + a b for each warp: of signed bytes, 16 of a row and a column for each of a and b, 1 or 2 (mma.sync)."""
+def mma(acc: Sums, a: tuple[Words, ...], b: tuple[Int[Array, "*warp 4 2 4"], ...], *, interpret: bool) -> Sums:
+    """acc + a b for each warp: of signed bytes, 16 of a row and a column for each of a and b, 1 or 2 (mma.sync).
+
+    b is of LIMBS, of all warps or of each.
+    """
     if interpret:
         rows, columns = ([lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int32) for x in xs] for xs in (a, b))
-        return acc + sum(
-            jnp.einsum("rwti,wgti->rwg", x, y.reshape(4, 8, 4, 4)) for x, y in zip(rows, columns, strict=True)
-        )
+        columns = [jnp.broadcast_to(y.reshape(-1, 8, 4, 4), (4, 8, 4, 4)) for y in columns]
+        return acc + sum(jnp.einsum("rwti,wgti->rwg", x, y) for x, y in zip(rows, columns, strict=True))
     out, n = plgpu.ShapeDtypeStruct((16, 4, 8), jnp.int32, SUMS), len(a)
+    limbs = LIMBS if b[0].ndim == 4 else LIMBS.reduce((0,))
 
-    @inline(arg_types=(SUMS, (WORDS,) * n, (LIMBS,) * n), return_type=out)
+    @inline(arg_types=(SUMS, (WORDS,) * n, (limbs,) * n), return_type=out)
     def multiply(ctx: Any, acc: Any, a: Any, b: Any) -> fa.FragmentedArray:
         sums = [_element(r, i) for r in acc.registers.flatten() for i in (0, 1)]
         given = [_element(r) for x in (*a, *b) for r in x.registers.flatten()]
@@ -198,3 +215,88 @@ def _array(registers: Any, like: Any, shape: tuple[int, ...], signed: bool | Non
         _layout=made,
         _is_signed=signed,
     )
+
+
+def operand(
+    codes: tuple[Words, ...],
+    scale: Sums,
+    offset: Sums | None,
+    groups: tuple[int, ...],
+    *,
+    signed: int,
+    dtype: DTypeLike,
+    interpret: bool,
+) -> Float[Array, "64 n"]:
+    """scale * code + offset, the left operand of a product: 16 columns for each word of codes, which is of one group.
+
+    Its rows are 16 of each warp, its columns lie in the order of PERMUTED. `signed` says which codes there are: 0 for
+    0 to 127, 7 for -64 to 63, 8 for any byte, which has no offset. Sums are rounded as f32, and then once more.
+    """
+    n = 16 * len(codes)
+    if interpret:
+        columns = [2 * (q % 4) + q // 4 for q in groups]
+        out = []
+        for word, column in zip(codes, columns, strict=True):
+            y = lax.bitcast_convert_type(word, jnp.int8).astype(jnp.float32) * scale[:, :, column, None, None]
+            y = y if offset is None else y + offset[:, :, column, None, None]
+            out.append(y.reshape(16, 4, 4, 2, 2).transpose(1, 0, 3, 2, 4).reshape(64, 16))
+        return jnp.concatenate(out, axis=1).astype(dtype)
+    # A byte u that is below 128 becomes the number 128 + u, which the offset takes back; any other 2^23 + u.
+    if signed < 8:
+        offset = (0 if offset is None else offset) - (192 if signed else 128) * scale
+        number = "prmt.b32 f{0}, u, 0x43000000, 0x7{0}44; fma.rn.f32 f{0}, f{0}, $3, $4;"
+        unsigned = "and.b32 u, $2, 0x7F7F7F7F; xor.b32 u, u, 0x40404040;" if signed else "mov.b32 u, $2;"
+    else:
+        number = "prmt.b32 f{0}, u, 0x4B000000, 0x744{0}; sub.f32 f{0}, f{0}, 0f4B000080; mul.f32 f{0}, f{0}, $3;"
+        unsigned = "xor.b32 u, $2, 0x80808080;"
+        offset = scale
+    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
+    ptx = f"{{ .reg .b32 u; .reg .f32 f<4>; {unsigned} {''.join(map(number.format, range(4)))}"
+    ptx += f" cvt.rn.{kind}x2.f32 $0, f1, f0; cvt.rn.{kind}x2.f32 $1, f3, f2; }}"
+    out = plgpu.ShapeDtypeStruct((64, n), jnp.dtype(dtype), plgpu.Layout.WGMMA)
+
+    @inline(arg_types=((WORDS,) * len(codes), SUMS, SUMS), return_type=out)
+    def decode(ctx: Any, codes: Any, scale: Any, offset: Any) -> fa.FragmentedArray:
+        def of_group(x: Any, row: int, q: int) -> Any:
+            return _of_quad(_element(x.registers.flatten()[row], q // 4), q % 4)
+
+        numbers = {
+            (row, q): [of_group(x, row, q) for x in (scale, offset)] for q in sorted(set(groups)) for row in (0, 1)
+        }
+        pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
+        made = np.empty((len(codes), 2, 2), dtype=object)  # [word, column half, row]
+        for i, (word, q) in enumerate(zip(codes, groups, strict=True)):
+            for row, register in enumerate(word.registers.flatten()):
+                given = [_element(register), *numbers[row, q]]
+                two = llvm.StructType.get_literal([_i32()] * 2)
+                both = llvm.inline_asm(two, given, ptx, "=r,=r,r,f,f", has_side_effects=False)
+                for half in (0, 1):
+                    made[i, half, row] = mgpu.utils.bitcast(llvm.extractvalue(_i32(), both, [half]), pair)
+        return _array(made, plgpu.Layout.WGMMA, (64, n), None)
+
+    return decode(codes, scale, offset)
+
+
+def permute_rows(x: Shaped[Array, "64 n"], *, interpret: bool) -> Shaped[Array, "64 n"]:
+    """Each 16 rows of x, which is TURNED, in the order of PERMUTED; pairs of rows stay together."""
+    if interpret:
+        return x.reshape(4, 4, 2, 2, -1).swapaxes(1, 2).reshape(x.shape)
+
+    @inline(arg_types=(TURNED,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TURNED_PERMUTED))
+    def exchange(ctx: Any, x: fa.FragmentedArray) -> fa.FragmentedArray:
+        lane = arith.andi(mgpu.utils.thread_idx(), mgpu.c(8, _i32()))
+        even = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.c(0, _i32()))
+        out = []
+        for first, second in x.registers.reshape(-1, 2):  # 8 rows apart
+            keep, give = arith.select(even, first, second), arith.select(even, second, first)
+            taken = mgpu.utils.shfl_bfly(give, 8)
+            out += [arith.select(even, keep, taken), arith.select(even, taken, keep)]
+        return _array(out, TURNED_PERMUTED, x.shape, None)
+
+    return exchange(x)
+
+
+def _of_quad(x: Any, lane: int) -> Any:
+    """The f32 that one of each four lanes has."""
+    ptx = f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1C1F, 0xFFFFFFFF;"
+    return llvm.inline_asm(x.type, [x], ptx, "=f,f", has_side_effects=True)

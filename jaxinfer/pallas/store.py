@@ -98,7 +98,9 @@ def store(
     if rotation is not None:
         frequencies = jnp.asarray(rotation.frequencies, jnp.float32).reshape(-1, cut.vector)
 
-    def body(layer_gmem, pos_gmem, shift_gmem, turns_gmem, q_norm_gmem, k_norm_gmem, q_gmem, k_gmem, v_gmem, *rest):
+    def store_keys(
+        layer_gmem, pos_gmem, shift_gmem, turns_gmem, q_norm_gmem, k_norm_gmem, q_gmem, k_gmem, v_gmem, *rest
+    ):
         k_stack, v_stack, pos_stack, q_out = rest
         token, tile = lax.axis_index("token"), lax.axis_index("tile")
         layer, row, at = layer_gmem[0], lax.div(token, t), pos_gmem[token]
@@ -174,7 +176,7 @@ def store(
     if k is not None:
         stacks = [jax.new_ref(a) for a in (view(cache.k), view(cache.v), cache.pos)]  # written in place
     out = plgpu.kernel(
-        body,
+        store_keys,
         out_type=jax.ShapeDtypeStruct((b * t, heads, *shape), q.dtype),
         grid=(b * t, q_tiles + 2 * kv_tiles),
         grid_names=("token", "tile"),

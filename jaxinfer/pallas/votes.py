@@ -245,7 +245,7 @@ def _sweep(
     chunks, per = width // wide, SPAN // keys
     registers = REGISTERS.get(warpgroups)
 
-    def body(q_gmem, k_gmem, layer_gmem, held_gmem, last_gmem, at_gmem, *rest):
+    def count_votes(q_gmem, k_gmem, layer_gmem, held_gmem, last_gmem, at_gmem, *rest):
         *more_gmem, out_gmem, q_smem, k_smem, q_full, k_full, k_free = rest
         index, span, wg = (lax.axis_index(name) for name in ("tile", "span", "wg"))
         head = lax.div(index, n // (b * kv_heads))
@@ -312,7 +312,7 @@ def _sweep(
         return plgpu.SMEM(shape, k.dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # pyright: ignore[reportAbstractUsage]
 
     return plgpu.kernel(
-        body,
+        count_votes,
         out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
         grid=(n, spans),
         grid_names=("tile", "span"),
