@@ -384,7 +384,9 @@ class _Call:
         routed = self.rows * d * 4 + self.rows * experts * 4
         if self.rows <= FEW:
             routed += self.rows * spec.used * (3 * ffn + d) * 4
-        elif self.model.ops.experts is experts_hopper and not experts_beyond(p.experts, self.rows <= MOST):
+        elif self.model.ops.experts is experts_hopper and not experts_beyond(
+            p.experts, self.rows <= MOST, self.model.config.dtype
+        ):
             # Rows as they are laid out, hidden ones twice, and outputs; tiles are not full.
             tile = layout_tile(self.rows * spec.used, experts)
             laid_out = self.rows * spec.used + tile * min(experts, self.rows * spec.used)

@@ -22,8 +22,6 @@ from jaxinfer.presses import PyramidKV, SnapKV
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 EVICTION = Eviction(press=SnapKV(window=8), keep=24)
 STOPS = np.array([-1], np.int32)
 MODELS = {"qwen3": jnp.float32, "gemma4-e": jnp.bfloat16, "qwen35": jnp.bfloat16, "gpt-oss": jnp.float32}

@@ -46,7 +46,7 @@ def decode(model, params, state, steps, sampler, burst=16, stops=(-1,), seed=0):
     return np.concatenate(out, axis=1), state
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama-Q4_0", "qwen3-yarn"])
+@pytest.mark.parametrize("name", ["llama-Q4_0", "qwen3-yarn"])
 def test_any_chunk_size_gives_the_same_logits(name):
     model, params, _ = load(name)
     ids = prompt(97)

@@ -97,13 +97,6 @@ def test_experts_against_float64(m, kinds):
     assert np.abs(np.asarray(got)[1] - (added + np.asarray(residual, np.float64))[1]).max() < 1e-5, "padding"
 
 
-def test_a_token_has_the_same_bits_among_any_others():
-    p, _ = made(("BF16", "BF16", "BF16"))
-    (*given, valid), got = call(20, p)
-    run = partial(experts_hopper, p, LAYER, activation=silu_gate, dtype=jnp.float32)
-    np.testing.assert_array_equal(run(*(a[2:19] for a in given), valid[2:19]), got[2:19])
-
-
 def test_which_kernels_run_and_why_not():
     packed, _ = made(("Q4_K", "Q4_K", "Q4_K"))
     biased = dataclasses.replace(packed, down_bias=jnp.ones((LAYERS, EXPERTS, WIDTH)))

@@ -97,7 +97,7 @@ def without_evicted(session: Session, kept) -> tuple:
         assert (stays.sum(3) == KEEP).all()
         return KVCache(stack.k, stack.v, jnp.where(stays, stack.pos, -1), stack.chunk)
 
-    return tuple(tuple(map(one, *both)) for both in zip(session.cache, kept, strict=True))
+    return tuple(map(one, session.cache, kept))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])  # full caches alone, and beside rings that stay whole

@@ -31,7 +31,7 @@ def golden():
     return np.load(f"{GOLDEN}.npz"), json.loads(Path(f"{GOLDEN}.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "expand"), [("short", None), ("chat", False), ("long", False)])
+@pytest.mark.parametrize(("name", "expand"), [("short", None), ("long", False)])
 def test_logits_likelihood_and_greedy_tokens(golden, name, expand):
     arrays, _ = golden
     loaded = load(expand)

@@ -26,7 +26,7 @@ type Product = Callable[[Array, Weight], Array]  # rows [n, D], a weight [F, D] 
 
 @pytree
 class ExpertParams:
-    """Gated feed-forward networks of width F, E of them behind the repeats of a segment."""
+    """Gated feed-forward networks of width F, E of them for each layer of a stack."""
 
     gate: Weight  # [R, E, F, D], or [R, E, 2F, D] where `up` is None: the gate's rows, then those of up
     up: Weight | None  # [R, E, F, D]
@@ -132,7 +132,7 @@ def experts_hopper(
     One launch adds up the choices. An expert's scale is multiplied with the choice's weight.
     """
     few = len(x) <= MOST
-    if why := beyond(p, few):
+    if why := beyond(p, few, x.dtype):
         with form("by XLA", why):
             return experts_gpu(p, layer, x, chosen, weights, valid, activation=activation, norm=norm, **options)
     if p.scale is not None:
@@ -142,9 +142,13 @@ def experts_hopper(
         return reduce(rows, place, weights, valid, **options)
 
 
-def beyond(p: ExpertParams, few: bool) -> str | None:
-    """Why there are no kernels for experts, None where there are."""
+def beyond(p: ExpertParams, few: bool, dtype: np.dtype) -> str | None:
+    """Why there are no kernels for experts and activations of a type, None where there are."""
     ups = [p.gate] if p.up is None else [p.gate, p.up]
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"activations of {dtype}"
+    if p.up is not None and (p.gate_bias is None) != (p.up_bias is None):
+        return "one of gate and up has a bias, the other has none"
     if p.down.shape[-2] % UNIT:
         return f"{p.down.shape[-2]} columns are no multiple of {UNIT}"
     if few:

@@ -327,10 +327,10 @@ def _check(
     x: Any, weights: Any, expert_of_tile: Any, tile: int, biases: Any, combine: Any, dtype: Any, permute: bool
 ) -> None:
     shape, parts = weights[0].shape, 1 if combine is None else 2
-    if why := beyond(weights, parts // len(weights)):
-        raise NotImplementedError(f"grouped: {why}")
     if any(w.shape != shape for w in weights) or x.shape[1] != shape[3] or len(weights) not in (1, parts):
         raise ValueError(f"{x.shape} and {[w.shape for w in weights]} make no product of {parts} parts")
+    if why := beyond(weights, parts // len(weights)):
+        raise NotImplementedError(f"grouped: {why}")
     for w in weights:
         if x.dtype not in ((jnp.bfloat16, jnp.float16) if isinstance(w, Packed) else (w.dtype,)):
             raise ValueError(f"x is of {x.dtype}, a weight of {w.format.name if isinstance(w, Packed) else w.dtype}")
