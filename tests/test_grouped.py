@@ -203,7 +203,7 @@ def test_bad_input_is_refused():
         run(x, [w], widths=(24,))
     with pytest.raises(ValueError, match="results of float32 are not permuted"):
         run(x, [w], permute=True)
-    with pytest.raises(NotImplementedError, match="halves of 64 rows are not by 64"):
+    with pytest.raises(NotImplementedError, match="64 x 64 are not rows by 128"):
         run(x, [w], combine=jnp.multiply)
 
 
