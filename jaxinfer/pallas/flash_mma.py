@@ -12,18 +12,13 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.typing import DTypeLike
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache import KVCache
 from jaxinfer.pallas.bounds import beyond, part, visit
-from jaxinfer.pallas.registers import inline, layout, tiled
+from jaxinfer.pallas.registers import gather, layout, tiled
 from jaxinfer.tree import Index
 
 FEW = 8  # tokens of a call up to which a row's keys are split
@@ -169,8 +164,8 @@ def _attend(
         token, mate = lax.div(index, group), lax.rem(index, group)
         column = plgpu.broadcasted_iota(jnp.int32, (rows, piece), 1, layout=LHS)
         place = across(((token * kv_heads + kv_head) * group + mate) * width, piece, LHS) + column
-        qs = [_gather(q_gmem.at[row], place + i, LHS, interpret=interpret) for i in range(0, width, piece)]
-        query = _gather(pos_gmem.at[row], token, ROW, interpret=interpret)
+        qs = [gather(q_gmem.at[row], place + i, LHS, interpret=interpret) for i in range(0, width, piece)]
+        query = gather(pos_gmem.at[row], token, ROW, interpret=interpret)
         least: Any = 0
         if window is not None:
             least = jnp.maximum(lax.div(query, window) * window if aligned else query - (window - 1), 0)
@@ -223,7 +218,7 @@ def _attend(
 
             top, total = (plgpu.layout_cast(jnp.full((rows,), x, jnp.float32), ROW) for x in (LOWEST, 0))
             if sinks_gmem is not None:
-                sink = _gather(sinks_gmem, kv_head * group + mate, ROW, interpret=interpret) * LOG2E
+                sink = gather(sinks_gmem, kv_head * group + mate, ROW, interpret=interpret) * LOG2E
                 top, total = jnp.where(split == 0, sink, top), jnp.where(split == 0, total + 1, total)
             spec = plgpu.BlockSpec((keys, width), lambda i: (stack * count + block(i), 0), transforms=tiled(width))
             pipeline = plgpu.emit_pipeline(
@@ -267,29 +262,6 @@ def _attend(
         *(a.reshape(-1, width) for a in (cache.k, cache.v)),  # in place: a view
         cache.pos.reshape(-1, slots),
     )
-
-
-def _gather(ref: Any, index: Int[Array, "*n"], layout: Any, *, interpret: bool) -> Array:
-    """ref[index] of a vector in device memory, for an index in the layout; a register's elements are neighbours.
-
-    So tiles have rows from wherever they lie, without a copy of them.
-    """
-    if interpret:
-        return ref[...][index]
-    out = plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout)
-
-    @inline(arg_types=(plgpu.RefType(), layout), return_type=out)
-    def load(ctx: Any, ref: Any, index: fa.FragmentedArray) -> fa.FragmentedArray:
-        element, made = ir.MemRefType(ref.type).element_type, layout.to_mgpu()
-        kind = ir.VectorType.get((made.vector_length,), element)
-        registers = np.empty_like(index.registers)
-        for i, register in np.ndenumerate(index.registers):
-            place = vector.extract(register, [], ir.DenseI64ArrayAttr.get([0]))
-            registers[i] = llvm.load(kind, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], element))
-        signed = True if isinstance(element, ir.IntegerType) else None
-        return fa.FragmentedArray(_registers=registers, _layout=made, _is_signed=signed)
-
-    return load(ref, index)
 
 
 def join(

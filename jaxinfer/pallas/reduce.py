@@ -17,8 +17,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxinfer.pallas.flash_mma import _gather
-from jaxinfer.pallas.registers import inline, layout
+from jaxinfer.pallas.registers import gather, inline, layout
 
 UNIT, VECTOR = 64, 8  # what divides a row; elements of a thread
 WARPS, LANES = 4, 32  # of a CTA, of a warp
@@ -103,14 +102,14 @@ def reduce(
             return plgpu.load(ref.at[mine], layout=VECTORS, optimized=False)
 
         def of_token(ref: Any, i: Array = token) -> Array:
-            return _gather(ref, i, NUMBERS, interpret=interpret)
+            return gather(ref, i, NUMBERS, interpret=interpret)
 
         def product(w: Array, y: Array) -> Array:
             return _product(across(w), y.astype(jnp.float32), VECTORS, interpret=interpret)
 
         places = [of_token(place_gmem, token * used + a) for a in range(used)]
         ys = [
-            _gather(rows_gmem, across(to * width + vector * VECTOR) + element, VECTORS, interpret=interpret)
+            gather(rows_gmem, across(to * width + vector * VECTOR) + element, VECTORS, interpret=interpret)
             for to in places
         ]
         total = sum(product(of_token(weights_gmem, token * used + a), y) for a, y in enumerate(ys))

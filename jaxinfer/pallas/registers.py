@@ -68,6 +68,29 @@ def bytes_layout(size: int, rows: int = 16) -> Any:
     return layout([(16, 4 * size), (8, size), (8, 16), (4,)], (-6,), (-3, -2))
 
 
+def gather(ref: Any, index: Int[Array, "*n"], layout: Any, *, interpret: bool) -> Array:
+    """ref[index] of a vector in device memory, for an index in the layout; a register's elements are neighbours.
+
+    So tiles have rows from wherever they lie, without a copy of them.
+    """
+    if interpret:
+        return ref[...][index]
+    out = plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout)
+
+    @inline(arg_types=(plgpu.RefType(), layout), return_type=out)
+    def load(ctx: Any, ref: Any, index: fa.FragmentedArray) -> fa.FragmentedArray:
+        element, made = ir.MemRefType(ref.type).element_type, layout.to_mgpu()
+        kind = ir.VectorType.get((made.vector_length,), element)
+        registers = np.empty_like(index.registers)
+        for i, register in np.ndenumerate(index.registers):
+            place = _element(register)
+            registers[i] = llvm.load(kind, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [place], element))
+        signed = True if isinstance(element, ir.IntegerType) else None
+        return fa.FragmentedArray(_registers=registers, _layout=made, _is_signed=signed)
+
+    return load(ref, index)
+
+
 def words(x: Shaped[Array, "rows n"], *, interpret: bool) -> tuple[Words, ...]:
     """The little-endian words of each 16 bytes of a warp, in `bytes_layout`."""
     rows, width = x.shape
