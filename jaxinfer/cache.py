@@ -16,7 +16,7 @@ BLOCK = 128  # a ring's slots are a multiple of this
 
 @pytree
 class KVCache:
-    """Keys and values of one layer of a segment's pattern, behind the segment's repeats.
+    """Keys and values of a stack of layers.
 
     Position p of a row lives in slot (p - shift) % S: a full cache is a ring that never wraps. A slot whose `pos` is
     negative is empty. Positions are the same for all heads (P = 1), or each head has its own (P = K), as eviction may

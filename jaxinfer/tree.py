@@ -23,4 +23,4 @@ def pytree[T](cls: type[T]) -> type[T]:
 
 
 Device = Any  # a jax.Device, which is a variable to type checkers
-Index = int | Int[Array, ""]  # which repeat of a segment: a Python number, or traced inside a loop over layers
+Index = int | Int[Array, ""]  # of a layer in its stack: a Python number, or traced inside a loop over layers

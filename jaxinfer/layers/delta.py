@@ -56,7 +56,7 @@ class DeltaSpec:
 
 @pytree
 class DeltaState:
-    """All that a layer keeps of the tokens so far, behind the segment's repeats; zeros before the first.
+    """All that layers of a stack keep of the tokens so far; zeros before the first.
 
     It cannot be cut back to an earlier token: whoever may want to return to one must keep that state.
     """

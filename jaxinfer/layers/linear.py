@@ -12,7 +12,7 @@ from jaxinfer.tree import Index, pytree
 
 @pytree
 class Linear:
-    """A stack of affine maps over the repeats of a segment."""
+    """The affine maps of a stack of layers."""
 
     weight: Weight  # [R, F, D]
     bias: Array | None = None  # [R, F]
