@@ -253,11 +253,11 @@ def test_lowered_for_a_gpu(kind):
 
 @mosaic.needs_ptxas
 def test_compiled_for_a_gpu_without_spills():
-    """But for 8 words at most, beside 128 columns of two weights of formats with the most codes."""
+    """But for 8 bytes in two programs of formats with the most codes, whose cost is not measured."""
     reports = mosaic.ptxas("test_grouped", (9, 0))
     assert reports.keys() == {name for name, *_ in programs((9, 0))}
-    spilled = {name: spills for name, (_, spills) in reports.items() if spills}
-    assert all(name.startswith(("Q6_K", "Q8_0")) and spills <= 32 for name, spills in spilled.items()), spilled
+    known = {"Q6_K, halves": 8, "Q8_0, halves": 8}
+    assert {name: spills for name, (_, spills) in reports.items() if spills > known.get(name, 0)} == {}
 
 
 def layout(counts: np.ndarray, tile: int, spare: int = 3) -> np.ndarray:
