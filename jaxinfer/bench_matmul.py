@@ -1,4 +1,4 @@
-"""Products with packed weights alone, in the shapes of models: ours beside XLA's.
+"""Products with packed weights alone, in the shapes of models: what `ops` picks, each of our kernels, and XLA's.
 
 Weights are cold: the calls of a program walk through stacks that no cache holds, as the layers of a model do.
 """
@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 
 from jaxinfer.gguf import Tensor
 from jaxinfer.ops import default_ops
-from jaxinfer.ops.matmul import FEW, matmul_gpu, matmul_reference
-from jaxinfer.quants import FORMATS, PLAIN, Weight, at, dense, pack
+from jaxinfer.ops.matmul import FEW, MOST, matmul_gpu, matmul_hopper, matmul_reference
+from jaxinfer.pallas import grouped, matvec
+from jaxinfer.quants import FORMATS, PLAIN, Packed, Weight, at, dense, pack
 from jaxinfer.timing import KEPT, SHORT_S, Backend, Benchmark, Bound, Calls, Ceilings, never, normal, of_jax, relative
 
 KINDS = {t.name: t for t in (*FORMATS, GGMLQuantizationType.BF16, GGMLQuantizationType.F16)}
@@ -218,6 +219,19 @@ def _default(given: Inputs) -> Calls:
     return _of(default_ops(jax.devices()[0], jnp.dtype(given.case.dtype)).matmul, given)
 
 
+def _few(given: Inputs) -> Calls:
+    if given.case.rows > MOST or not isinstance(given.w, Packed):
+        raise NotImplementedError(f"packed weights and up to {MOST} rows alone")
+    return _kernel(matvec.product, given)
+
+
+def _kernel(product: Callable[..., tuple[Array, ...]], given: Inputs) -> Calls:
+    """A kernel for whatever number of rows, and not just those that `ops` would give it."""
+    if default_ops(jax.devices()[0], jnp.dtype(given.case.dtype)).matmul is not matmul_hopper:
+        raise NotImplementedError("16 bits on Hopper alone")
+    return _of(lambda x, w, layer: product(x[0], [[w]], layer, dtype=x.dtype)[0][None], given)
+
+
 def _sum(given: Inputs) -> Calls:
     if given.case.rows > FEW:
         raise NotImplementedError(f"more than {FEW} rows")
@@ -237,6 +251,8 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("jaxinfer", never, _default),
+        Backend("few-rows", never, _few),
+        Backend("many-rows", never, partial(_kernel, grouped.ungrouped)),
         Backend("xla-dot", never, partial(_of, matmul_reference)),
         Backend("xla-sum", never, _sum),
         Backend("bf16-dot", never, _plain),

@@ -325,11 +325,11 @@ def _up(multiply: Callable[..., Array], given: Inputs, x: Array, tile: int) -> C
         return tiles(chosen, given.valid, given.case.shape.experts, tile)
 
     def call(x: Array, operands: tuple[Weight, Array], layer: Array) -> Array:
-        w, expert_of_tile = operands
-        return multiply(x, [w], layer, expert_of_tile, tile=tile, dtype=x.dtype)
+        w, starts = operands
+        return multiply(x, [w], layer, starts, tile=tile, dtype=x.dtype)
 
     own = laid(given.chosen)
-    calls = _walk(given, call, x[own.source], lambda chosen: laid(chosen).expert, *_stacks(given))
+    calls = _walk(given, call, x[own.source], lambda chosen: laid(chosen).starts, *_stacks(given))
     return calls._replace(output=lambda: calls.output()[own.place.reshape(-1)])
 
 

@@ -22,7 +22,7 @@ from jaxinfer.snapkv import Eviction
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.tree import Device
 
-CPU_CHUNK, GPU_CHUNK = 512, 2048  # tokens of a prompt at a time, unless told
+CPU_CHUNK, GPU_CHUNK = 512, 4096  # tokens of a prompt at a time, unless told
 
 type Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 type Progress = Callable[[int, int], None]

@@ -1,9 +1,10 @@
 """Settings for all tests."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -13,7 +14,7 @@ settings.register_profile("untimed", deadline=None)  # a slow machine is no faul
 settings.load_profile("untimed")
 
 MAPPINGS = Path("/proc/self/maps")  # on Linux
-MOST = 25_000  # of the 65,530 mappings that a process may have, before it crashes; a compiled program takes dozens
+MOST = 40_000  # of the 65,530 mappings that a process may have, before it crashes; a compiled program takes dozens
 done = count(1)
 
 
@@ -25,8 +26,19 @@ def pytest_runtest_teardown() -> None:
 
 
 @pytest.fixture
-def quick_compiler() -> Iterator[None]:
-    """Compiling tiny programs takes most of the tests' time, and this half of it; others compile optimised ones."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def quick_compiler(request) -> Iterator[None]:
+    """Compiling tiny programs takes most of the tests' time, so a fifth less; the marked ones compile as users do."""
+    jax.config.update("jax_disable_most_optimizations", not request.node.get_closest_marker("optimised"))
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def templates_here(monkeypatch) -> None:
+    """Fills in chat templates in this process; to start one for each takes a quarter of a second."""
+    from jaxinfer import chat  # not above: what is imported before the tests is not checked for its types
+
+    def render(template: str, messages: Sequence[Any], **kwargs: Any) -> str:
+        return chat.fill(chat.compiled(template), messages, **kwargs)
+
+    monkeypatch.setattr(chat, "render", render)

@@ -22,6 +22,8 @@ from jaxinfer.presses import PyramidKV, SnapKV
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 EVICTION = Eviction(press=SnapKV(window=8), keep=24)
 STOPS = np.array([-1], np.int32)
 MODELS = {"qwen3": jnp.float32, "gemma4-e": jnp.bfloat16, "qwen35": jnp.bfloat16, "gpt-oss": jnp.float32}
@@ -125,8 +127,9 @@ def test_a_session_that_has_read_nothing(tmp_path):
     assert_same(again(stopped, tmp_path / "a"), empty)
 
 
+@pytest.mark.optimised
 def test_another_process_goes_on(tmp_path):
-    session = begin("qwen3", 50)
+    session = begin("qwen3", 50, ctx=512)  # which no other test decodes with: a program that it compiled would be used
     session.save(tmp_path / "a")
     code = f"""
 import jaxinfer, numpy as np

@@ -21,6 +21,8 @@ from jaxinfer import __main__ as cli
 from jaxinfer.presses import Knorm, SnapKV
 from jaxinfer.terminal import Terminal
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 MODEL = str(model_path("qwen3"))
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
 # Shapes are the same all over, so that each program is compiled once for all tests.
@@ -119,6 +121,7 @@ def test_chat_template(capfd, chatty):
     assert "--system needs the chat template" in err
 
 
+@pytest.mark.usefixtures("templates_here")
 def test_thinking_and_other_variables_of_the_chat_template(capfd, tmp_path, thinking):
     loaded, messages = jaxinfer.load(thinking), [{"role": "user", "content": TEXT}]
     argv = ["-m", thinking, *ASK[2:], "-p", TEXT]
@@ -153,6 +156,7 @@ def test_variables_that_would_be_ignored(capfd, chatty, argv, message):
     assert re.search(f"^error: .*{message}", err, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("templates_here")
 def test_chat_remembers(capfd, monkeypatch, loaded):
     monkeypatch.setattr(sys, "stdin", io.StringIO("sea\nsky\n/exit\nnot read\n"))
     code, out, _ = run(capfd, "chat", *ASK, "--system", "be")
@@ -326,7 +330,7 @@ def process(tmp_path_factory):
     argv = ["-m", MODEL, "-p", TEXT, "-n", "4000", "--ignore-eos", "--burst", "1"]
 
     def start() -> subprocess.Popen[bytes]:
-        environment = os.environ | {"HOME": str(home)}
+        environment = os.environ | {"HOME": str(home), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         pipe = subprocess.PIPE
         command = [sys.executable, "-m", "jaxinfer", *argv]
         return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe)
@@ -495,6 +499,7 @@ def test_a_session_goes_on_from_its_file(capfd, tmp_path, loaded):
     assert len(Session.load(second, loaded.model, loaded.params).tokens[0]) == len(ids) + len(more) + 6
 
 
+@pytest.mark.usefixtures("templates_here")
 def test_a_session_of_messages(capfd, tmp_path, chatty):
     loaded, path = jaxinfer.load(chatty), str(tmp_path / "session")
     run(capfd, "prefill", "-m", chatty, "--no-compile-cache", "-p", LONG, "--save-session", path, *EVICT)

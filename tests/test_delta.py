@@ -15,6 +15,8 @@ from jaxinfer.layers.linear import Linear
 from jaxinfer.ops import REFERENCE
 from jaxinfer.ops import delta as delta_ops
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 FEW = delta_ops.FEW
 FORMS = {"recurrent": delta_ops.gated_delta_reference, "chunked": delta_ops.gated_delta_chunked}
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -12,6 +12,8 @@ from goldens import model_path
 import jaxinfer
 from jaxinfer import Sampler, engine
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 # Matrix shapes differ, so f32 sums are ordered differently: ten times the 7e-5 that llama.cpp's own logits move by when
 # its batch size changes, see goldens/README.md.
 TOLERANCE = {"rtol": 0, "atol": 7e-4}
@@ -46,12 +48,12 @@ def decode(model, params, state, steps, sampler, burst=16, stops=(-1,), seed=0):
     return np.concatenate(out, axis=1), state
 
 
-@pytest.mark.parametrize("name", ["llama-Q4_0", "qwen3-yarn"])
-def test_any_chunk_size_gives_the_same_logits(name):
+@pytest.mark.parametrize(("name", "chunks"), [("llama-Q4_0", (1, 7, 64)), ("qwen3-yarn", (7,))])
+def test_any_chunk_size_gives_the_same_logits(name, chunks):
     model, params, _ = load(name)
-    ids = prompt(97)
-    want, _ = prefill(model, params, [ids], chunk=97)
-    for chunk in (1, 7, 64, 128):
+    ids = prompt(96)
+    want, _ = prefill(model, params, [ids], chunk=96)
+    for chunk in chunks:
         got, _ = prefill(model, params, [ids], chunk)
         np.testing.assert_allclose(got, want, **TOLERANCE)
 
@@ -105,16 +107,17 @@ def test_a_decode_step_is_a_chunk_of_one_token():
     chex.assert_trees_all_close(state.cache, other, **TOLERANCE)
 
 
-@pytest.mark.parametrize("sampler", [Sampler.greedy(), Sampler(seed=5, repeat_penalty=1.2, temperature=1.5, top_k=0)])
-def test_bursts_do_not_change_the_tokens(sampler):
+@pytest.mark.parametrize(
+    ("sampler", "few"), [(Sampler.greedy(), 1), (Sampler(seed=5, repeat_penalty=1.2, temperature=1.5, top_k=0), 5)]
+)
+def test_bursts_do_not_change_the_tokens(sampler, few):
     model, params, _ = load("llama-tied")
     ids = prompt(9)
     runs = []
-    for burst in (1, 5, 24):
+    for burst in (few, 24):
         logits, held = prefill(model, params, [ids], 16)
         runs.append(decode(model, params, engine.start(logits, [ids], held, sampler), 24, sampler, burst, seed=5)[0])
     np.testing.assert_array_equal(runs[0], runs[1])
-    np.testing.assert_array_equal(runs[0], runs[2])
     logits, held = prefill(model, params, [ids], 16)
     other, _ = decode(model, params, engine.start(logits, [ids], held, sampler), 24, sampler, 24, seed=6)
     assert (other != runs[0]).any() == (sampler.temperature > 0)

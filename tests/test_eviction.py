@@ -22,6 +22,8 @@ from jaxinfer.presses import Knorm, LagKV, Press, PyramidKV, SnapKV
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 GREEDY = Sampler.greedy()
 NEVER = np.array([-1], np.int32)
 
@@ -197,6 +199,13 @@ def evicted(name: str, eviction: Eviction, keep: int):
     return copied(snapkv.unobserved(out.cache)), copied(snapkv.unobserved(masked)), out.kept
 
 
+@cache
+def whole(name: str) -> np.ndarray:
+    """The logits of such steps on the whole cache, in the program of a masked one: positions for each head."""
+    held = snapkv.unobserved(known(name)[1])
+    return steps(name, map_full(lambda s: replace(s, pos=jnp.broadcast_to(s.pos, s.k.shape[:4])), copied(held)))[1]
+
+
 def steps(name: str, held, n: int = 6):
     """Greedy tokens and logits of each step after ROWS, in calls of one token; the cache."""
     model, params = load(name)
@@ -228,14 +237,13 @@ def test_a_compacted_cache_goes_on_as_a_whole_one_with_the_evicted_masked(name, 
     want_tokens, want, _ = steps(name, masked)
     np.testing.assert_array_equal(logits, want)
     np.testing.assert_array_equal(tokens, want_tokens)
-    free = steps(name, copied(snapkv.unobserved(known(name)[1])))[1]
-    assert np.abs(logits - free).max() > 1e-3  # and something was lost
+    assert np.abs(logits - whole(name)).max() > 1e-3  # and something was lost
     for lists in jax.tree.leaves(kept):
         assert (np.diff(lists) > 0).all()
         assert lists.shape[2] == 1 or (np.asarray(lists)[:, :, 0] != np.asarray(lists)[:, :, 1]).any()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["qwen3", "qwen35moe"])
 def test_keeping_all_changes_no_bit(name):
     small, _, kept = evicted(name, Eviction(press=SNAP), 96)
     assert all(
@@ -274,14 +282,15 @@ def test_every_query_sees_what_was_kept_and_its_own_turn():
     pos = np.array([np.arange(40), np.r_[[-1] * 15, np.arange(25)]], np.int32)
     key = jnp.broadcast_to(jnp.asarray(pos, jnp.float32)[..., None, None], (2, 40, 2, 1))
     held = KVCache(jnp.zeros((1, 2, 2, 64, 1)), jnp.zeros((1, 2, 2, 64, 1)), jnp.full((1, 2, 1, 64), -1))
-    held = write(held, 0, key, key, jnp.asarray(pos))
+    put = jax.jit(write)
+    held = put(held, 0, key, key, jnp.asarray(pos))
     kept = jnp.array([[[[0, 3, 4, 39], [1, 2, 38, 39]], [[5, 7, 23, 24], [0, 1, 2, 24]]]])
     held = snapkv.compact(held, kept, 12)
     now = np.array([40, 25])
     for turn in ([3, 1], [4, 0], [1, 1], [4, 4]):
         at = np.array([[-1] * (4 - n) + list(range(p, p + n)) for n, p in zip(turn, now, strict=True)], np.int32)
         key = jnp.broadcast_to(jnp.asarray(at, jnp.float32)[..., None, None], (2, 4, 2, 1))
-        held, now = write(held, 0, key, key, jnp.asarray(at)), now + turn
+        held, now = put(held, 0, key, key, jnp.asarray(at)), now + turn
         seen = np.asarray(visible(jnp.asarray(at), held.pos[0], None))  # [B, K, T, S]
         for b, head, t in np.ndindex(2, 2, 4):
             values = np.asarray(held.k)[0, b, head, seen[b, head, t], 0].astype(int).tolist()
@@ -314,7 +323,7 @@ def valid(stack: KVCache) -> jax.Array:
     return newest - jnp.arange(stack.recent_q.shape[2])[::-1] >= 0
 
 
-@pytest.mark.parametrize(("name", "chunk"), [*(("qwen3", n) for n in (3, 48, 64, 4096)), ("qwen35moe", 48)])
+@pytest.mark.parametrize(("name", "chunk"), [("qwen3", 3), ("qwen3", 48), ("qwen3", 4096), ("qwen35moe", 48)])
 def test_any_chunk_size_keeps_the_same(name, chunk):
     logits, scores, kept, tokens = summary(name, chunk, 144)
     want_logits, want, lists, others = summary(name, 1, 144)
@@ -378,7 +387,8 @@ def test_a_budget_of_2048_of_16384_tokens_takes_an_eighth(name):
     assert all(s.k.is_deleted() for s in stacks_of(held))
 
 
-LENGTHS = [("qwen3", 384, 256), ("qwen35", 16384, 2048)]
+# Of the long one running takes the time.
+LENGTHS = [("qwen3", 384, 256), pytest.param("qwen35", 16384, 2048, marks=pytest.mark.optimised)]
 
 
 @pytest.mark.parametrize(("name", "tokens", "keep"), LENGTHS)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op's kernels run on a CPU."""
-    for module, name in ((ops, "limbs"), (ops, "reduce"), (ops.matvec, "product")):
+    for module, name in ((ops, "reduce"), (ops.matvec, "product"), (ops.halves, "product")):
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
     # Each warpgroup is a thread of the interpreter's, and there are few.
     monkeypatch.setattr(ops.grouped, "grouped", partial(ops.grouped.grouped, interpret=True, ctas=2))
@@ -107,7 +107,7 @@ def test_which_kernels_run_and_why_not():
         (packed, 20, "[grouped products]"),
         (biased, 3, "[few rows, choice by choice]"),
         (biased, 20, "[grouped products]"),
-        (plain, 3, "[by XLA; bfloat16 is not packed]"),
+        (plain, 3, "[few rows, choice by choice]"),
         (plain, 20, "[grouped products]"),
         (dataclasses.replace(plain, down=narrow), 20, "[by XLA; 60 columns are no multiple of 64]"),
     ]

@@ -1,6 +1,7 @@
 """What `explain` says of models of every kind, against figures from their metadata; and that it can change."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ RING = 768  # a window of 16 and a chunk less one are 527, which is 640 in block
 ON_GPU: dict[str, Any] = {"ops": HOPPER, "dtype": "bfloat16", "expand": False}
 
 
+@cache
 def report(name: str, ctx: int = CTX, **options: Any) -> Report:
     return explain(loader.describe(model_path(name), **options), ctx)
 

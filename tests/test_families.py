@@ -17,6 +17,8 @@ import jaxinfer
 from jaxinfer import engine
 from jaxinfer.models import llama4 as llama4_module
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 QKV = ("attn_q", "attn_k", "attn_v")
 GATE_UP = ("ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps")
 LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
@@ -88,14 +90,6 @@ CASES = {
     ),
     "qwen3next": lambda: hybrid("qwen3next", value_heads=6),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compiler():
-    """Compiling takes the time, here half of what it does elsewhere: all other tests are of optimised programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +185,6 @@ RINGS = {
     "llama4": lambda: llama4(step=4),
 }
 PROMPTS = RINGS | {"qwen35moe": lambda: hybrid("qwen35moe", {"full_attention_interval": 2}, layers=2, full=(1,))}
-every_ring = pytest.mark.parametrize("name", RINGS)
 
 
 @cache
@@ -206,20 +199,13 @@ def rings(model: jaxinfer.Model, params, chunk: int) -> set[int]:
     return {held.k.shape[3] for held in made}
 
 
-@every_ring
-def test_long_prompts_in_small_chunks(name, tmp_path):
+@pytest.mark.parametrize("name", RINGS)
+def test_long_prompts_in_a_ragged_batch_in_small_chunks(name, tmp_path):
     file, ids, want = long_prompt(name)
     model, params, _ = load(tmp_path / "model.gguf", file, expand=False)
     assert rings(model, params, 7) == {256, 1024}
-    close(jaxinfer.score(model, params, ids, chunk=7), want, FAR)
-
-
-@every_ring
-def test_long_prompts_in_a_ragged_batch(name, tmp_path):
-    file, ids, want = long_prompt(name)
-    model, params, _ = load(tmp_path / "model.gguf", file, expand=False)
     prompts = [ids[:333], ids, ids[:40]]
-    for got, prompt in zip(jaxinfer.score(model, params, prompts, chunk=64), prompts, strict=True):
+    for got, prompt in zip(jaxinfer.score(model, params, prompts, chunk=7), prompts, strict=True):
         close(got, want[: len(prompt)], FAR)
 
 

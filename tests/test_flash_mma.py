@@ -113,20 +113,19 @@ def run(q: jax.Array, cache: KVCache, pos: jax.Array, **options: Any) -> jax.Arr
     (_, t, heads, group, width), slots = q.shape, cache.k.shape[3]
     blocks = options.get("blocks") or blocks_for(width, t * group, slots, heads, split=t <= FEW, hopper=True)
     assert len(races) == (1 if blocks.splits == 1 else 2)
-    assert not [one for one in races if one.races_found]
+    assert not any(one.races_found for one in races), "RACE DETECTED"
     return out
 
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 CASES = {  # tokens, KV heads, group, width, type, positions held, ends of rows, blocks, options
-    "decode": (1, 2, 1, 64, "bfloat16", full(128, 128, 33), (128, 33), SPLIT, {}),
+    "decode, sinks": (1, 2, 3, 64, "bfloat16", full(128, 128, 33, 0), (128, 33, 0), SPLIT, {"sinks": True}),
     "decode, default blocks": (1, 1, 4, 128, "bfloat16", full(256, 250), (250,), None, {}),
     "verify, padding": (8, 1, 3, 96, "float16", full(64, 60, 3, 0), (60, 3, 0), None, {"softcap": 3.0}),
     "ring": (2, 1, 8, 64, "bfloat16", full(96, 150, 40), (150, 40), SPLIT, {"window": 40}),
     "ring, chunk": (20, 1, 4, 32, "bfloat16", full(64, 150, 9), (150, 9), WIDE, {"window": 20, "sinks": True}),
     "aligned": (20, 1, 3, 80, "float16", full(64, 61), (61,), WIDE, {"window": 16, "aligned": True}),
-    "sinks": (1, 2, 3, 32, "bfloat16", full(128, 90, 0), (90, 0), SPLIT, {"sinks": True}),
     "a head of 256": (1, 1, 2, 256, "bfloat16", full(64, 64), (64,), None, {}),
     "a head of 512": (1, 1, 8, 512, "bfloat16", full(64, 50), (50,), None, {}),
 }
@@ -141,7 +140,7 @@ def test_against_float64(case):
     check(run(q, cache, pos, blocks=blocks, **options), q, cache, pos, **options)
 
 
-@pytest.mark.parametrize(("tokens", "blocks"), [(2, SPLIT), (20, ONE)], ids=["decode", "chunk"])
+@pytest.mark.parametrize(("tokens", "blocks"), [(2, SPLIT), (9, ONE)], ids=["decode", "chunk"])
 def test_after_an_eviction(tokens, blocks):
     """Heads hold positions of their own, slots may be empty, and the next token lies where the shift says."""
     ends = 130, 45
@@ -165,7 +164,7 @@ def test_of_huge_logits_constant_keys_and_one_visible_key():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "slots", "blocks", "window"), [(1, 128, SPLIT, None), (20, 96, ONE, 40)], ids=["decode", "chunk"]
+    ("tokens", "slots", "blocks", "window"), [(1, 128, SPLIT, None), (9, 96, ONE, 40)], ids=["decode", "chunk"]
 )
 def test_skipping_changes_no_bit(tokens, slots, blocks, window):
     ends = (70, 33) if window is None else (150, 33)
@@ -180,7 +179,7 @@ def test_skipping_changes_no_bit(tokens, slots, blocks, window):
     assert jnp.isnan(visit_all(q, poisoned, pos)[1]).any()
 
 
-@pytest.mark.parametrize(("tokens", "blocks"), [(2, SPLIT), (20, ONE)], ids=["decode", "chunk"])
+@pytest.mark.parametrize(("tokens", "blocks"), [(2, SPLIT), (9, ONE)], ids=["decode", "chunk"])
 def test_a_ring_gives_the_bits_of_a_cache_that_never_wraps(tokens, blocks):
     ends, options = (250, 40), {"blocks": blocks, "window": 80}
     linear, q, pos = cached(full(256, *ends), 1, 32), normal(2, tokens, 1, 2, 32), queries(tokens, *ends)
@@ -194,12 +193,11 @@ def test_a_ring_gives_the_bits_of_a_cache_that_never_wraps(tokens, blocks):
 
 
 def test_a_row_alone_has_the_bits_that_it_has_in_a_batch_and_so_have_splits_that_share_a_cta():
-    ends = 128, 70, 9
-    cache, q, pos = cached(full(128, *ends), 1, 32), normal(3, 1, 1, 2, 32), queries(1, *ends)
-    got = run(q, cache, pos, blocks=SPLIT)
-    shared = replace(SPLIT, ctas=4)
-    np.testing.assert_array_equal(run(q, cache, pos, blocks=shared), got)
-    for row in range(3):
+    ends = 128, 9
+    cache, q, pos = cached(full(128, *ends), 1, 32), normal(2, 1, 1, 2, 32), queries(1, *ends)
+    got = run(q, cache, pos, blocks=replace(SPLIT, ctas=4))
+    check(got, q, cache, pos)
+    for row in range(2):
         one = jax.tree.map(lambda a, row=row: a[:, row : row + 1], cache)
         np.testing.assert_array_equal(run(q[row : row + 1], one, pos[row : row + 1], blocks=SPLIT)[0], got[row])
 
@@ -208,7 +206,7 @@ def test_a_row_alone_has_the_bits_that_it_has_in_a_batch_and_so_have_splits_that
 def test_a_missing_fence_would_be_found(blocks):
     """The fence that sm_90 needs: without it the tests above would fail."""
     cache, q, pos = cached(full(96, 96), 1, 32), normal(1, 1, 1, 1, 32), queries(1, 96)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeError), match="RACE DETECTED"):
         run(q, cache, pos, blocks=blocks, hopper=False)
 
 
@@ -335,7 +333,7 @@ def programs(arch: tuple[int, int], widths: tuple[int, ...] = (64, 80, 96, 128, 
 
 @pytest.mark.parametrize("arch", [(8, 0), (9, 0)])  # sm_89 differs in what a multiprocessor holds
 def test_lowered_for_a_gpu(arch):
-    for _, f, args in programs(arch, widths=(80, 128)):
+    for _, f, args in programs(arch, widths=(80,)):  # and 64 and 128, with options
         assert "mosaic_gpu" in mosaic.lower(f, *args, arch=arch)
 
 

@@ -1,8 +1,8 @@
 """Whole models against llama.cpp: every golden prompt, at every stored position, in several ways to run it.
 
-Logits come from weights as in the file and stacked layers, greedy tokens from expanded weights and separate layers.
-Compiling takes the time, so only F32 models, which have every architecture, run in all ways. `-k` takes a way, a model
-or both: `-k whole`, `-k "chunks and gemma4"`, `-k qwen3-Q4_K_M`.
+Compiling takes the time. So all prompts of a model are rows of one batch; F32 models, which have every architecture,
+run whole by the reference operations, and in chunks and on by those of this device; quantised ones run whole by these.
+`-k` takes a way, a model or both: `-k whole`, `-k "chunks and gemma4"`, `-k qwen3-Q4_K_M`.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import PROMPTS
+from goldens import MODELS, PROMPTS
 
 import jaxinfer
 from jaxinfer import GPU, REFERENCE, Loaded, Ops, Sampler, engine
@@ -20,17 +20,18 @@ from jaxinfer.layers.norm import rms_norm
 from jaxinfer.quants import FORMATS, Packed
 
 
-def model(prompt: str) -> str:
-    return prompt.split(".")[0]
+def prompts_of(name: str) -> list[str]:
+    return [p for p in PROMPTS if p.split(".")[0] == name]
 
 
-F32 = [p for p in PROMPTS if model(p) in goldens.F32]
-DRAFTING = [p for p in PROMPTS if "mtp" in p]
+F32 = goldens.F32
+DRAFTING = [name for name in F32 if "mtp" in name]
+GREEDY, CHUNK, STEPS = Sampler.greedy(), 7, 16
 
 
 @cache
-def load(prompt: str, expand: bool = False, ops: Ops | None = None) -> Loaded:
-    return jaxinfer.load(goldens.model_path(model(prompt)), expand=expand, ops=ops)
+def load(name: str, expand: bool = False, ops: Ops | None = None) -> Loaded:
+    return jaxinfer.load(goldens.model_path(name), expand=expand, ops=ops)
 
 
 def check(prompt: str, logits: np.ndarray, drafted: bool = False) -> None:
@@ -42,49 +43,68 @@ def check(prompt: str, logits: np.ndarray, drafted: bool = False) -> None:
     assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_whole(prompt, request):
-    if prompt not in F32:
+@pytest.mark.parametrize("name", MODELS)
+def test_whole(name, request):
+    """Weights as in the file and stacked layers."""
+    if name not in F32:
         request.getfixturevalue("quick_compiler")
-    model, params, _ = load(prompt)
+    model, params, _ = load(name, ops=REFERENCE if name in F32 else None)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Packed))
-    assert any(isinstance(w, Packed) for w in leaves) == any(t.name in prompt for t in FORMATS)
-    check(prompt, jaxinfer.score(model, params, goldens.golden(prompt).tokens))
+    assert any(isinstance(w, Packed) for w in leaves) == any(t.name in name for t in FORMATS)
+    prompts = prompts_of(name)
+    found = jaxinfer.score(model, params, [goldens.golden(p).tokens for p in prompts])
+    for prompt, logits in zip(prompts, found, strict=True):
+        check(prompt, logits)
+
+
+@pytest.fixture(scope="module", params=[name for name in F32 if name not in DRAFTING])
+def trunk(request) -> str:
+    """Tests that take it come model by model, so that they share its programs."""
+    return request.param
+
+
+@cache
+def chunked(name: str) -> dict[str, tuple[np.ndarray, list[int]]]:
+    """Logits and greedy tokens of a model's prompts as rows of a ragged batch, with expanded weights and separate
+    layers, in chunks and then by `decode`."""
+    model, params, _ = load(name, expand=True)
+    prompts, rng = prompts_of(name), np.random.default_rng(0)
+    rows = [goldens.golden(p).tokens for p in prompts]
+    sizes = -(-len(rows[0]) // 2), max(map(len, rows)) + 9
+    rows += [rng.integers(0, model.config.vocab, n).tolist() for n in sizes]
+    tokens, pos = engine.left_pad(rows, CHUNK)
+    held = model.init_cache(params, len(rows), engine.slots_for(tokens.shape[1] + STEPS), chunk=CHUNK)
+    parts = []
+    for i in range(0, tokens.shape[1], CHUNK):
+        part = slice(i, i + CHUNK)
+        logits, held = engine.chunk_logits(model, params, tokens[:, part], pos[:, part], held)
+        parts.append(np.asarray(logits))
+    state = engine.start(jnp.asarray(parts[-1][:, -1]), rows, held, GREEDY)
+    keys, stops = jnp.broadcast_to(jax.random.key(0), len(rows)), np.array([-1], np.int32)
+    made, _ = engine.decode(model, params, state, keys, stops, STEPS, sampler=GREEDY, room=STEPS)
+    logits, made = np.concatenate(parts, axis=1), np.asarray(made)
+    return {p: (logits[i, -len(rows[i]) :], made[i].tolist()) for i, p in enumerate(prompts)}
 
 
 @pytest.mark.usefixtures("quick_compiler")
-@pytest.mark.parametrize("prompt", F32)
-def test_chunks_of_a_ragged_batch(prompt):  # chunks of one token are decoding, see test_greedy_tokens
-    model, params, _ = load(prompt)
-    tokens, rng = goldens.golden(prompt).tokens, np.random.default_rng(0)
-    shorter, longer = (rng.integers(0, model.config.vocab, n).tolist() for n in (-(-len(tokens) // 2), len(tokens) + 9))
-    check(prompt, jaxinfer.score(model, params, [shorter, tokens, longer], chunk=7)[1])
+def test_chunks_of_a_ragged_batch(trunk):
+    for prompt, (logits, _) in chunked(trunk).items():
+        check(prompt, logits)
 
 
 @pytest.mark.usefixtures("quick_compiler")
-@pytest.mark.parametrize("prompt", F32)
-def test_reference_operations(prompt):
-    model, params, _ = load(prompt, ops=REFERENCE)
-    check(prompt, jaxinfer.score(model, params, goldens.golden(prompt).tokens))
+def test_greedy_tokens(trunk):
+    """Decoding is chunks of one token."""
+    for prompt, (_, tokens) in chunked(trunk).items():
+        assert tokens == goldens.golden(prompt).greedy_tokens
 
 
 @pytest.mark.usefixtures("quick_compiler")
-# Decoding takes expanded weights here, so that their type makes no difference; of two prompts the long one is decoded,
-# and a model that drafts decodes as one of its architecture that does not.
-@pytest.mark.parametrize(
-    "prompt", [p for p in F32 if p.replace(".base", ".long") not in set(F32) - {p} and p not in DRAFTING]
-)
-def test_greedy_tokens(prompt):
-    golden, options = goldens.golden(prompt), {"max_tokens": 16, "ignore_eos": True, "ctx": 4096}
-    pieces = jaxinfer.stream(*load(prompt, expand=True), golden.tokens, sampler=Sampler.greedy(), **options)
-    assert [piece.token for piece in pieces] == golden.greedy_tokens
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-@pytest.mark.parametrize("prompt", DRAFTING)
-def test_drafts(prompt, chunk):
+@pytest.mark.parametrize(("name", "chunk"), list(zip(DRAFTING * 2, (CHUNK, CHUNK, 1, 64), strict=True)))
+def test_drafts(name, chunk):
     """A draft sees the hidden state of the token before, which may be the last of the chunk before."""
-    model, params, _ = load(prompt)
+    model, params, _ = load(name)
+    (prompt,) = prompts_of(name)
     arch, config, ops = model.arch, model.config, model.ops
     ids = goldens.golden(prompt).tokens
     held = model.init_cache(params, 1, 256, chunk=chunk)
@@ -96,15 +116,16 @@ def test_drafts(prompt, chunk):
         hidden = jnp.where(pos[..., None] < 0, 0, rms_norm(x, params.norm, config.eps))
         before = jnp.concatenate([last, hidden[:, :-1]], axis=1)
         y, drafts = arch.draft(params, tokens, before, pos, drafts, config, ops)
-        return arch.draft_logits(params, y, config, ops), hidden[:, -1:], held, drafts
+        return (model.logits(params, x), arch.draft_logits(params, y, config, ops)), hidden[:, -1:], held, drafts
 
     last, out = jnp.zeros((1, 1, config.width)), []
     tokens, pos = engine.left_pad([ids], chunk)
     for i in range(0, tokens.shape[1], chunk):
         t, p = tokens[:, i : i + chunk], pos[:, i : i + chunk]
         logits, last, held, drafts = step(params, t, p, last, held, drafts)
-        out.append(np.asarray(logits[0]))
-    check(prompt, np.concatenate(out)[-len(ids) :], drafted=True)
+        out.append([np.asarray(one[0]) for one in logits])
+    for drafted, parts in enumerate(zip(*out, strict=True)):
+        check(prompt, np.concatenate(parts)[-len(ids) :], drafted=bool(drafted))
 
 
 @pytest.mark.gpu
@@ -116,7 +137,7 @@ def test_on_a_gpu(prompt):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("prompt", [p for p in F32 if "base" in p])
+@pytest.mark.parametrize("prompt", [f"{name}.base" for name in F32])
 def test_on_a_gpu_in_bfloat16(prompt):
     """Rounding to 2**-9 at each of some hundred steps; where it changes a choice of experts, a row differs wholly."""
     model, params, _ = jaxinfer.load(goldens.model_path(prompt.split(".")[0]))
@@ -128,4 +149,4 @@ def test_on_a_gpu_in_bfloat16(prompt):
 
 
 def test_every_model_and_every_way_is_there():
-    assert (len(goldens.MODELS), len(PROMPTS), len(F32), len(DRAFTING)) == (59, 71, 32, 2)
+    assert (len(MODELS), len(PROMPTS), len(F32), len(DRAFTING)) == (59, 71, 20, 2)

@@ -1,4 +1,4 @@
-"""Products of rows grouped by expert, against float64: interpreted, lowered and compiled, and on a GPU."""
+"""Products of many rows, grouped by expert or not, against float64: interpreted, lowered and compiled, and on a GPU."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ import pytest
 from ml_dtypes import bfloat16
 from test_matvec import LAYER, LAYERS, gate, packed, shapes
 
-from jaxinfer.pallas.grouped import beyond, grouped, items_of, permuted, reference
+from jaxinfer.pallas.grouped import _width, beyond, grouped, items_of, permuted, reference, ungrouped
 from jaxinfer.pallas.registers import PERMUTED
 from jaxinfer.pallas.tiles import TILES
 from jaxinfer.quants import Packed
@@ -38,61 +38,67 @@ def whole(n: int, width: int, dtype: Any = jnp.bfloat16) -> jax.Array:
     return jnp.asarray(np.random.default_rng(n).integers(-3, 4, (n, width)), dtype)
 
 
-def wanted(x: jax.Array, w: np.ndarray, expert_of_tile: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
-    """The product [N, F] in float64, zeros for unused tiles, and how far off it may be.
+def product_of(x: jax.Array, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x w.T in float64, and how far off it may be.
 
     A weight is rounded to bf16, by 2^-9 of it; before that to 2^-17 of its group's scale, which is at most the largest
-    weight. A sum in f32 is off by up to 2^-24 for each of its terms, of which there are fewer than 2^12. What is
-    subnormal may be 0, scales of up to 12 times as much as well.
+    weight. A sum in f32 is off by up to 2^-24 for each of its terms, of which there are fewer than 2^14: by 2^-12 of
+    their sizes' sum, as errors of either sign do not add up. What is subnormal may be 0, scales of up to 12 times as
+    much as well.
     """
-    rows = np.asarray(x, np.float64).reshape(-1, tile, x.shape[1])
-    used = (expert_of_tile >= 0) & (expert_of_tile < len(w))
-    want, noise = np.zeros((2, len(rows), tile, w.shape[1]))
-    for t in np.flatnonzero(used):
-        one = w[expert_of_tile[t]]
-        want[t] = rows[t] @ one.T
-        size = np.abs(rows[t]).sum(1)[:, None]
-        noise[t] = (2.0**-9 + 2.0**-12) * np.abs(rows[t]) @ np.abs(one).T + 2.0**-15 * np.abs(one).max(1) * size
-        noise[t] += 2.0**-126 * (x.shape[1] + 12 * size)
-    return want.reshape(len(x), -1), noise.reshape(len(x), -1)
+    x_ = np.asarray(x, np.float64)
+    size = np.abs(x_).sum(1)[:, None]
+    noise = (2.0**-9 + 2.0**-12) * np.abs(x_) @ np.abs(w).T + 2.0**-15 * np.abs(w).max(1) * size
+    return x_ @ w.T, noise + 2.0**-126 * (x.shape[1] + 12 * size)
 
 
-def rows_of(expert_of_tile: np.ndarray, experts: int, tile: int) -> np.ndarray:
-    return np.repeat((expert_of_tile >= 0) & (expert_of_tile < experts), tile)
+def wanted(x: jax.Array, w: np.ndarray, starts: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each expert's product [N, F], and the noise; zeros for rows behind all."""
+    want, noise = np.zeros((2, len(x), w.shape[1]))
+    for e in range(len(w)):
+        mine = slice(tile * starts[e], tile * starts[e + 1])
+        want[mine], noise[mine] = product_of(x[mine], w[e])
+    return want, noise
 
 
-def check(got: Any, want: np.ndarray, noise: np.ndarray, used: np.ndarray) -> None:
+def check(got: Any, want: np.ndarray, noise: np.ndarray) -> None:
     """A result of 16 bits is rounded by 2^-8 at most."""
     unit = 0.0 if got.dtype == jnp.float32 else 2.0**-8
     assert got.shape == want.shape
-    assert used.any()
+    assert len(got)
     off = np.abs(np.asarray(got, np.float64) - want)
-    assert (off <= noise + unit * (np.abs(want) + noise))[used].all()
+    assert (off <= noise + unit * (np.abs(want) + noise)).all()
 
 
 @partial(jax.jit, static_argnames=("tile", "combine", "dtype", "permute", "widths", "ctas"))
-def interpreted(x, weights, layer, expert_of_tile, **options):
-    return grouped(x, weights, layer, expert_of_tile, **{"dtype": jnp.float32} | options, interpret=True)
+def interpreted(x, weights, layer, starts, **options):
+    return grouped(x, weights, layer, starts, **{"dtype": jnp.float32} | options, interpret=True)
+
+
+@partial(jax.jit, static_argnames=("combine", "dtype", "width", "ctas"))
+def interpreted_ungrouped(x, sets, layer, **options):
+    return ungrouped(x, sets, layer, **{"dtype": jnp.float32} | options, interpret=True)
 
 
 kernel = partial(mosaic.interpret, interpreted)
+plain_kernel = partial(mosaic.interpret, interpreted_ungrouped)
 
 
 @quick
-@pytest.mark.parametrize(("kind", "width"), [("Q4_K", 256), ("Q6_K", 256), ("MXFP4", 320), ("Q8_0", 448)])
-def test_packed_against_float64(kind, width):
-    """Of whole numbers every sum is exact, so that not one bit of a weight in bf16 may be wrong in even rows.
+@pytest.mark.parametrize(("kinds", "width"), [({"Q4_K": 128, "Q6_K": 64}, 256), ({"MXFP4": 64, "Q8_0": 64}, 320)])
+def test_against_float64(kinds, width):
+    """Weights of all ways to read codes; of the other formats `test_matvec` has the tiles, a GPU the products.
 
-    A row of 320 elements is 256 of them twice; a tile without an expert lies between those of two.
+    Of whole numbers every sum is exact, so that not one bit of a weight in bf16 may be wrong in even rows. A row of 320
+    elements is 256 of them twice. Of the second item of rows 5 are there.
     """
-    tile, e = 16, np.array([1, -1, 0])
-    w, values = stack(kind, 2, 64, width)
-    x = whole(3 * tile, width)
-    got = kernel(permuted(x), [w], LAYER, jnp.asarray(e), tile=tile, widths=(16,), ctas=1)
-    used = rows_of(e, 2, tile)
-    check(got, *wanted(x, values, e, tile), used)
-    want, _ = wanted(x, values.astype(bfloat16).astype(np.float64), e, tile)
-    np.testing.assert_array_equal(got[used, ::2], want[used, ::2])
+    made = [packed(kind, rows, width) for kind, rows in kinds.items()]
+    x = whole(21, width)
+    ys = plain_kernel(x, [[w] for w, _ in made], LAYER, width=16, ctas=2)
+    for y, (_, values) in zip(ys, made, strict=True):
+        check(y, *product_of(x, values))
+        rounded = values[::2].astype(bfloat16).astype(np.float64)
+        np.testing.assert_array_equal(y[:, ::2], product_of(x, rounded)[0])
 
 
 def gated(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -106,32 +112,31 @@ def gated(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.nd
 @quick
 def test_gate_and_up():
     """Tiles of an expert are one product, of 48 rows and of 16; two CTAs share them and the rows of the weights."""
-    tile, e = 16, np.array([2, 2, 2, 3, 0])
+    tile, starts = 16, np.array([0, 1, 1, 4])
     stacks = [stack("BF16", 3, 192, 128, seed) for seed in (0, 1)]
     x = jax.random.normal(jax.random.key(5), (5 * tile, 128), jnp.bfloat16)
     options = {"tile": tile, "combine": gate("silu")[0], "dtype": jnp.bfloat16}
-    got = kernel(x, [w for w, _ in stacks], LAYER, jnp.asarray(e), widths=(16, 48), ctas=2, **options)
-    used = rows_of(e, 3, tile)
-    check(got, *gated([wanted(x, v, e, tile) for _, v in stacks]), used)
-    same = reference(x, [w for w, _ in stacks], LAYER, jnp.asarray(e).clip(0, 2), **options)
-    check(same, *gated([wanted(x, v, e, tile) for _, v in stacks]), used)
+    args = x, [w for w, _ in stacks], LAYER, jnp.asarray(starts, jnp.int32)
+    used = slice(tile * starts[-1])
+    want, noise = gated([wanted(x, v, starts, tile) for _, v in stacks])
+    check(kernel(*args, widths=(16, 48), ctas=2, **options)[used], want[used], noise[used])
+    check(reference(*args, **options)[used], want[used], noise[used])
 
 
 @quick
 def test_halves_of_a_weight_with_biases_permuted():
-    tile, e = 16, np.array([1])
+    tile, starts = 16, np.array([0, 0, 1])
     w, v = stack("Q5_0", 2, 128, 256)
     bias = np.random.default_rng(1).standard_normal((LAYERS, 2, 128)).astype(np.float32)
     x = jax.random.normal(jax.random.key(5), (tile, 256), jnp.bfloat16)
     options = {"tile": tile, "combine": gate("silu")[0], "dtype": jnp.bfloat16, "biases": [jnp.asarray(bias)]}
-    got = kernel(permuted(x), [w], LAYER, jnp.asarray(e), permute=True, widths=(16,), **options)
-    want, noise = wanted(x, v, e, tile)
+    args = [w], LAYER, jnp.asarray(starts, jnp.int32)
+    got = kernel(permuted(x), *args, permute=True, widths=(16,), **options)
+    want, noise = wanted(x, v, starts, tile)
     want = want + bias[LAYER, 1]
     halves = gated([(want[:, half], noise[:, half]) for half in (slice(64), slice(64, 128))])
-    used = np.ones(tile, bool)
-    check(reference(x, [w], LAYER, jnp.asarray(e), **options), *halves, used)
-    want, noise = map(permute, halves)
-    check(got, want, noise, used)
+    check(reference(x, *args, **options), *halves)
+    check(got, *map(permute, halves))
 
 
 def permute(y: np.ndarray) -> np.ndarray:
@@ -142,31 +147,31 @@ def permute(y: np.ndarray) -> np.ndarray:
     return out
 
 
-@quick
-def test_a_row_depends_on_no_other():
-    w, _ = stack("Q4_K", 2, 64, 256)
-    x = permuted(jax.random.normal(jax.random.key(0), (32, 256), jnp.bfloat16))
-    e = jnp.array([1, 1])
-    got = kernel(x, [w], LAYER, e, tile=16, widths=(32,))
-    other = kernel(x.at[1:31].set(jnp.nan), [w], LAYER, e, tile=16, widths=(32,))
-    np.testing.assert_array_equal(other[::31], got[::31])
-    assert np.isnan(other[1:31]).all()
-
-
 def test_items_for_all_patterns_of_empty_groups():
     """Of eight experts each has no tiles or up to seven, of which an item has three at most."""
-    made = jax.jit(partial(items_of, experts=8, most=3))
+    made = jax.jit(partial(items_of, n_tiles=32, most=3))
     for some in product((0, 1), repeat=8):
         tiles = [n * size for n, size in zip(some, (1, 2, 3, 4, 7, 1, 6, 5), strict=True)]
-        e = np.repeat(np.arange(8), tiles)
-        got = made(jnp.asarray(np.pad(e, (0, 32 - len(e)), constant_values=8 if some[0] else -1), jnp.int32))
-        want = []
-        for expert, n in enumerate(tiles):
-            first = sum(tiles[:expert])
-            want += [(expert, first + i, min(3, n - i)) for i in range(0, n, 3)]
-        number = int(got.number[0])
-        assert number == len(want)
-        assert list(zip(*(np.asarray(a)[:number].tolist() for a in got[:3]), strict=True)) == want
+        starts = np.cumsum([0, *tiles])
+        got = made(jnp.asarray(starts, jnp.int32))
+        each = [[(e, starts[e] + i, min(3, n - i)) for i in range(0, n, 3)] for e, n in enumerate(tiles)]
+        want = [item for items in each for item in items]
+        assert got.starts.tolist() == np.cumsum([0, *map(len, each)]).tolist()
+        assert list(zip(*(np.asarray(a)[: len(want)].tolist() for a in got[:3]), strict=True)) == want
+
+
+@pytest.mark.parametrize(
+    ("rows", "spans", "width"),
+    [
+        (1, 96, 16),
+        (17, 32, 32),
+        (256, 32, 64),  # 4 times 32 items for 132 processors
+        (300, 96, 64),
+        (512, 192, 256),
+    ],
+)
+def test_width(rows, spans, width):
+    assert _width(rows, spans, 132) == width
 
 
 def test_what_is_beyond_the_kernel():
@@ -187,22 +192,29 @@ def test_what_is_beyond_the_kernel():
 
 
 def test_bad_input_is_refused():
-    w, x, e = jnp.zeros((1, 2, 64, 64), jnp.bfloat16), jnp.zeros((32, 64), jnp.bfloat16), jnp.zeros(2, jnp.int32)
-    run = partial(grouped, layer=0, expert_of_tile=e, tile=16, dtype=jnp.float32)
+    w, x, starts = jnp.zeros((1, 2, 64, 64), jnp.bfloat16), jnp.zeros((40, 64), jnp.bfloat16), jnp.zeros(3, jnp.int32)
+    run = partial(grouped, layer=0, starts=starts, tile=8, dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="float32 is no type"):
         run(x, [w.astype(jnp.float32)])
-    with pytest.raises(ValueError, match="make no product of 1 parts"):
+    with pytest.raises(ValueError, match="2 weights make no product of 1 parts"):
         run(x, [w, w])
-    with pytest.raises(ValueError, match="make no product of 2 parts"):
+    with pytest.raises(ValueError, match="are not alike, of 4 axes, for x of"):
         run(x, [w, w[:, :1]], combine=jnp.multiply)
+    with pytest.raises(ValueError, match="are not alike, of 3 axes, for x of"):
+        ungrouped(x, [[w]], 0, dtype=jnp.float32)
     with pytest.raises(ValueError, match="x is of float16, a weight of bfloat16"):
         run(x.astype(jnp.float16), [w])
-    with pytest.raises(ValueError, match="32 rows are not 2 tiles of 32"):
-        run(x, [w], tile=32)
-    with pytest.raises(ValueError, match="tile=16 is no multiple of 16 that divides 24"):
-        run(x, [w], widths=(24,))
+    with pytest.raises(ValueError, match="40 rows, 3 starts: no tiles of 16 of 2 experts"):
+        run(x, [w], tile=16)
+    with pytest.raises(ValueError, match="40 rows, 2 starts: no tiles"):
+        run(x, [w], starts=starts[1:])
+    with pytest.raises(ValueError, match="tile=8 is no multiple of 16 that divides 256"):
+        run(x, [w])
+    for width in (24, 288):
+        with pytest.raises(ValueError, match=f"{width=} is neither 16 nor a multiple of 32 up to 256"):
+            ungrouped(x, [[w[0]]], 0, dtype=jnp.float32, width=width)
     with pytest.raises(ValueError, match="results of float32 are not permuted"):
-        run(x, [w], permute=True)
+        run(x[:32], [w], tile=16, permute=True)
     with pytest.raises(NotImplementedError, match="64 x 64 are not rows by 128"):
         run(x, [w], combine=jnp.multiply)
 
@@ -233,36 +245,48 @@ def launches(kinds: tuple[str, ...]) -> Iterator[mosaic.Program]:
             ("halves", [weight(384)], [shape(LAYERS, experts, 384)], {"combine": act, "dtype": x.dtype}),
         ):
 
-            def f(x, weights, layer, e, biases, options=options):
-                return grouped(x, weights, layer, e, tile=tile, biases=biases, **options)
+            def f(x, weights, layer, starts, biases, options=options):
+                return grouped(x, weights, layer, starts, tile=tile, biases=biases, **options)
 
-            ints = shape(dtype=jnp.int32), shape(tiles, dtype=jnp.int32)
+            ints = shape(dtype=jnp.int32), shape(experts + 1, dtype=jnp.int32)
             yield f"{kind}, {name}", f, (x, weights, *ints, biases)
 
 
+def ungrouped_launches() -> Iterator[mosaic.Program]:
+    """Few rows, whose scales are loaded ahead, and many: q, k and v of an 8B model, and gate and up."""
+    int32 = jax.ShapeDtypeStruct((), jnp.int32)
+    qkv = [[shapes("Q4_K", 4096, 4096)], [shapes("Q4_K", 1024, 4096)], [shapes("Q6_K", 1024, 4096)]]
+    for rows in (5, 300, 2048):
+        x = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16)
+        for name, sets, options in (
+            ("q, k, v", qkv, {}),
+            ("gate, up", [[shapes("Q4_K", 12288, 4096)] * 2], {"combine": gate("silu")[0]}),
+        ):
+            yield f"{name}, {rows} rows", partial(ungrouped, dtype=jnp.bfloat16, **options), (x, sets, int32)
+
+
 def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
-    """Both sizes of groups, most and few codes; not all formats, as a kernel takes 10 s."""
+    """Most and few codes; not all formats, as a kernel takes 10 s."""
     yield from launches(("BF16", "Q4_K", "Q6_K", "Q8_0"))
+    yield from ungrouped_launches()
 
 
-@pytest.mark.parametrize("kind", ["BF16", "Q6_K", "Q5_1"])
-def test_lowered_for_a_gpu(kind):
-    for _, f, args in list(launches((kind,)))[:2]:
-        assert "mosaic_gpu" in mosaic.lower(f, *args, arch=(9, 0))
+@pytest.mark.parametrize("name", ["BF16, gate and up", "Q5_1, halves", "q, k, v, 5 rows", "gate, up, 300 rows"])
+def test_lowered_for_a_gpu(name):
+    (one,) = (program[1:] for program in (*launches(("BF16", "Q5_1")), *ungrouped_launches()) if program[0] == name)
+    assert "mosaic_gpu" in mosaic.lower(one[0], *one[1], arch=(9, 0))
 
 
 @mosaic.needs_ptxas
 def test_compiled_for_a_gpu_without_spills():
-    """But for 8 bytes in two programs of formats with the most codes, whose cost is not measured."""
     reports = mosaic.ptxas("test_grouped", (9, 0))
     assert reports.keys() == {name for name, *_ in programs((9, 0))}
-    known = {"Q6_K, halves": 8, "Q8_0, halves": 8}
-    assert {name: spills for name, (_, spills) in reports.items() if spills > known.get(name, 0)} == {}
+    assert {name: spills for name, (_, spills) in reports.items() if spills} == {}
 
 
-def layout(counts: np.ndarray, tile: int, spare: int = 3) -> np.ndarray:
-    """Experts of tiles for so many rows of each, and tiles that are unused."""
-    return np.pad(np.repeat(np.arange(len(counts)), -(-counts // tile)), (0, spare), constant_values=-1)
+def starts_of(counts: np.ndarray, tile: int) -> np.ndarray:
+    """Of experts with so many rows each."""
+    return np.cumsum([0, *-(-counts // tile)])
 
 
 @pytest.mark.gpu
@@ -283,38 +307,99 @@ def test_on_a_gpu_at_full_size(kind, rows, width, skew):
     rng = np.random.default_rng(0)
     counts = {"even": np.full(experts, 128), "one": np.eye(experts, dtype=int)[3] * 2048}
     counts["uneven"] = rng.multinomial(2048, 0.6 ** np.arange(experts) * 0.4 / (1 - 0.6**experts))
-    e = layout(counts[skew], 64)
+    starts = starts_of(counts[skew], 64)
+    n = 64 * (starts[-1] + 3)  # tiles behind all
     w, values = stack(kind, experts, rows, width)
     dtype = jnp.float16 if kind == "F16" else jnp.bfloat16
-    x = jnp.asarray(rng.standard_normal((len(e) * 64, width)), dtype).at[::2].set(whole(len(e) * 32, width, dtype))
+    x = jnp.asarray(rng.standard_normal((n, width)), dtype).at[::2].set(whole(n // 2, width, dtype))
     ordered = x if kind in ("BF16", "F16") else permuted(x)
-    run = partial(grouped, ordered, [w], LAYER, dtype=jnp.float32)
-    got = run(jnp.asarray(e), tile=64)
-    used = rows_of(e, experts, 64)
-    every = np.arange(len(x)) % 32 < 2
-    want, noise = wanted(x[every], values, np.repeat(e, 2), 2)
-    got_ = np.asarray(got)
+    used, every = slice(64 * starts[-1]), slice(0, 64 * starts[-1], 32)
     finite = np.isfinite(values).all((0, 2))
-    check(got_[every][:, finite], want[:, finite], noise[:, finite], used[every])
-    for tile, widths in ((16, (32, 48, 256)), (64, None), (32, (96,))):
-        other = run(jnp.asarray(np.repeat(e, 64 // tile)), tile=tile, widths=widths)
-        np.testing.assert_array_equal(np.asarray(other)[used], got_[used])
+    want, noise = wanted(x[every], values[:, finite], starts, 2)
+
+    def run(tile: int, **options: Any) -> np.ndarray:
+        scaled = jnp.asarray(starts * (64 // tile), jnp.int32)
+        return np.asarray(grouped(ordered, [w], LAYER, scaled, tile=tile, dtype=jnp.float32, **options))
+
+    got = run(64)
+    check(got[every][:, finite], want, noise)
+    for tile, options in ((16, {"widths": (32, 48, 256)}), (64, {}), (32, {"widths": (96,)})):
+        np.testing.assert_array_equal(run(tile, **options)[used], got[used])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["BF16", "Q4_K", "Q6_K", "MXFP4"])
 def test_gate_and_up_on_a_gpu(kind):
     experts, rows, width, tile = 16, 768, 2048, 32
-    e = layout(np.random.default_rng(1).integers(0, 300, experts), tile)
+    starts = starts_of(np.random.default_rng(1).integers(0, 300, experts), tile)
     stacks = [stack(kind, experts, rows, width, seed) for seed in (0, 1)]
-    x = jax.random.normal(jax.random.key(0), (len(e) * tile, width), jnp.bfloat16) / 16
+    x = jax.random.normal(jax.random.key(0), (tile * (starts[-1] + 3), width), jnp.bfloat16) / 16
     options = {"combine": gate("silu")[0], "dtype": jnp.bfloat16, "permute": kind != "BF16"}
     ordered = x if kind == "BF16" else permuted(x)
-    got = grouped(ordered, [w for w, _ in stacks], LAYER, jnp.asarray(e), tile=tile, **options)
-    used, every = rows_of(e, experts, tile), np.arange(len(x)) % tile < 2
+    got = grouped(ordered, [w for w, _ in stacks], LAYER, jnp.asarray(starts, jnp.int32), tile=tile, **options)
+    every = slice(0, tile * starts[-1], 16)
     even = slice(None, None, 2)  # rows of the weight, so that no product is infinite
-    want, noise = gated([wanted(x[every], v[:, even], e, 2) for _, v in stacks])
+    want, noise = gated([wanted(x[every], v[:, even], starts, 2) for _, v in stacks])
     y = np.asarray(got, np.float64)
     if kind != "BF16":
         y = y.reshape(len(y), -1, 16)[..., np.argsort(PERMUTED)].reshape(y.shape)
-    check(jnp.asarray(y[every][:, even], jnp.bfloat16), want, noise, used[every])
+    check(jnp.asarray(y[every][:, even], jnp.bfloat16), want, noise)
+
+
+def single(kind: str, rows: int, width: int, seed: int = 0) -> Stack:
+    """A weight [R, F, D], and values of its layer LAYER in float64, of which odd rows may be infinite."""
+    if kind in ("BF16", "F16"):
+        w, values = stack(kind, 1, rows, width, seed)
+        return w[:, 0], values[0]
+    return packed(kind, rows, width, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "rows", "width"),
+    [
+        *((kind, 1024, 4096) for kind in ("BF16", "F16", *TILES)),
+        *((kind, *shape) for kind in ("Q4_K", "Q6_K") for shape in ((12288, 4096), (4096, 12288))),
+        *((kind, 2880, 704) for kind in ("BF16", "Q8_0")),
+    ],
+)
+def test_a_row_has_the_same_bits_among_any_number_of_rows_on_a_gpu(kind, rows, width):
+    """Of all rows the bits, of some the values: alone, in the last tile and in full ones, and for any width."""
+    w, values = single(kind, rows, width)
+    dtype = jnp.float16 if kind == "F16" else jnp.bfloat16
+    x = jax.random.normal(jax.random.key(0), (2048, width)).astype(dtype)
+
+    def run(m: int, **options: Any) -> np.ndarray:
+        (y,) = ungrouped(x[:m], [[w]], LAYER, dtype=jnp.float32, **options)
+        assert y.shape == (m, rows)
+        return np.asarray(y)
+
+    got = run(2048)
+    some = slice(None, None, 8)
+    check(got[::256][:, some], *product_of(x[::256], values[some]))
+    for m, options in ((1, {}), (5, {}), (17, {}), (300, {}), (300, {"width": 256}), (2048, {"width": 96})):
+        np.testing.assert_array_equal(run(m, **options), got[:m])
+
+
+@pytest.mark.gpu
+def test_launches_of_a_layer_on_a_gpu():
+    """q, k, v, and gate and up, of 5 to 2048 rows: with the same bits in all, and as products alone for q, k, v."""
+    qkv = [
+        single(kind, rows, 4096, i) for i, (kind, rows) in enumerate((("Q4_K", 4096), ("Q4_K", 1024), ("Q6_K", 1024)))
+    ]
+    ups = [single("Q4_K", 12288, 4096, seed) for seed in (3, 4)]
+    x = jax.random.normal(jax.random.key(0), (2048, 4096), jnp.bfloat16) / 64
+
+    def run(m: int) -> list[np.ndarray]:
+        q, k, v = ungrouped(x[:m], [[w] for w, _ in qkv], LAYER, dtype=jnp.float32)
+        (h,) = ungrouped(x[:m], [[w for w, _ in ups]], LAYER, combine=gate("silu")[0], dtype=jnp.bfloat16)
+        return [np.asarray(y) for y in (q, k, v, h)]
+
+    got, some = run(2048), slice(None, None, 8)
+    for y, (w, values) in zip(got, qkv, strict=False):
+        check(y[::256][:, some], *product_of(x[::256], values[some]))
+        np.testing.assert_array_equal(ungrouped(x[:40], [[w]], LAYER, dtype=jnp.float32)[0], y[:40])
+    check(got[3][::256][:, some], *gated([product_of(x[::256], v[some]) for _, v in ups]))
+    for m in (5, 17, 300):
+        for y, all_ in zip(run(m), got, strict=True):
+            np.testing.assert_array_equal(y, all_[:m])

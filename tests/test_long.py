@@ -110,6 +110,7 @@ def assert_same_chat(one, other):
     assert one[2] is None or len(np.unique(one[2])) > 2
 
 
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("name", CHATS)
 def test_a_ring_gives_the_bits_of_a_full_cache_with_a_mask(name):
     case = CHATS[name]
@@ -119,11 +120,13 @@ def test_a_ring_gives_the_bits_of_a_full_cache_with_a_mask(name):
     assert_same_chat(one, other)
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_skipping_changes_no_bit():
     case = CHATS["gpt-oss"]
     assert_same_chat(chat(*case), chat(*case, skip=False))
 
 
+@pytest.mark.usefixtures("quick_compiler")
 def test_keys_before_the_window_are_not_visited():
     """Values that are no number there harm nothing: times the weight 0 they would give no number either."""
     name, chunk, window = CHATS["gpt-oss"][:3]
@@ -154,14 +157,20 @@ LONG = prompt(8292, 9)
 
 @cache
 def long(*turns: int, chunk: int, ring: bool = True, ops: Ops = CPU):
-    """Logits [n, V] of so many of the prompt's tokens, read in these turns, and the slots of the rings."""
+    """Logits [n, V] of so many of the prompt's tokens, read in these turns, and the cache; first turns are shared."""
     model, params = load("gemma4-dense", ops, WINDOW)
-    slots = engine.slots_for(len(LONG))
-    held = model.init_cache(params, 1, slots, chunk=chunk)
-    held = held if ring else unwrapped(held, slots)
-    ends = np.cumsum(turns)
-    logits, held = read(model, params, [[LONG[end - n : end]] for n, end in zip(turns, ends, strict=True)], chunk, held)
-    return logits[0], {one.k.shape[3] for one in rings(held)}
+    if not turns:
+        slots = engine.slots_for(len(LONG))
+        held = model.init_cache(params, 1, slots, chunk=chunk)
+        return np.zeros((0, model.config.vocab), np.float32), held if ring else unwrapped(held, slots)
+    known, held = long(*turns[:-1], chunk=chunk, ring=ring, ops=ops)
+    n, held = len(known), jax.tree.map(jnp.copy, held)  # reading takes it over
+    (logits,), held = read(model, params, [[LONG[n : n + turns[-1]]]], chunk, held, np.array([n], np.int32))
+    return np.concatenate([known, logits]), held
+
+
+def sizes(held) -> set[int]:
+    return {one.k.shape[3] for one in rings(held)}
 
 
 def assert_alike(one: np.ndarray, other: np.ndarray):
@@ -175,9 +184,9 @@ def assert_alike(one: np.ndarray, other: np.ndarray):
 
 def test_a_long_prompt_through_a_ring_that_wraps_gives_the_bits_of_a_full_cache():
     """8292 tokens: two chunks of 4096, and a last one that is shorter than the window and reads beyond its border."""
-    one, slots = long(4096, 4096, 100, chunk=4096, ops=REFERENCE)
-    other, none = long(4096, 4096, 100, chunk=4096, ops=REFERENCE, ring=False)
-    assert (slots, none) == ({4736}, set())
+    one, held = long(4096, 4096, 100, chunk=4096, ops=REFERENCE)
+    other, full = long(4096, 4096, 100, chunk=4096, ops=REFERENCE, ring=False)
+    assert (sizes(held), sizes(full)) == ({4736}, set())
     np.testing.assert_array_equal(one, other)
 
 
@@ -186,13 +195,13 @@ def test_a_long_prompt_through_a_ring_that_wraps_gives_the_bits_of_a_full_cache(
 )
 def test_chunks_of_another_size_overwrite_the_ring_at_other_times(turns):
     """Calls of 4096 tokens against 256: whole multiples of both, 8192 among them, and less than a window beyond."""
-    one, slots = long(*turns, chunk=4096, ops=REFERENCE)
-    other, others = long(8292, chunk=256)
-    assert (slots, others) == ({4736}, {896})
+    one, held = long(*turns, chunk=4096, ops=REFERENCE)
+    other, small = long(8292, chunk=256)
+    assert (sizes(held), sizes(small)) == ({4736}, {896})
     assert_alike(one, other[: sum(turns)])
 
 
 def test_tokens_one_by_one_give_the_same():
-    one, slots = long(*[1] * 900, chunk=1)
-    assert slots == {640}  # wrapped, past a window
-    assert_alike(one, long(8292, chunk=256)[0][:900])
+    one, held = long(700, chunk=1)
+    assert sizes(held) == {640}  # wrapped, past a window
+    assert_alike(one, long(8292, chunk=256)[0][:700])

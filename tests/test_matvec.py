@@ -83,7 +83,7 @@ def check(got: jax.Array, want: np.ndarray, noise: np.ndarray) -> None:
     assert (np.abs(np.asarray(got, np.float64) - want) <= noise + unit * (np.abs(want) + noise)).all()
 
 
-@partial(jax.jit, static_argnames=("combine", "dtype", "warpgroups"))
+@partial(jax.jit, static_argnames=("combine", "dtype", "warpgroups", "ctas", "eps"))
 def interpreted(x, weights, layer, **options):
     return product(x, weights, layer, **{"dtype": jnp.float32} | options, interpret=True)
 
@@ -98,6 +98,34 @@ def test_there_is_a_kernel_for_every_format():
 # 16 rows of 4 units a step, 64 rows of one where rows are short or end within a unit; each way of loading in both.
 WIDE = {"Q4_0": 1280, "Q5_0": 1024, "Q3_K": 1536, "Q4_K": 1792, "Q6_K": 2304, "IQ4_NL": 1024, "IQ4_XS": 1280}
 TALL = {"Q4_1": 320, "Q5_1": 704, "Q8_0": 576, "Q2_K": 512, "Q5_K": 768, "MXFP4": 448}
+
+
+@quick
+def test_ctas_that_stay_for_several_tiles():
+    """Three and two tiles of the five of q, k and v, which are of two formats; three in turn of two warpgroups."""
+    kinds = {"Q4_K": 48, "Q6_K": 32}
+    made, x = [packed(kind, rows, 2048) for kind, rows in kinds.items()], limbs_of(activations(1, 2048))
+    for got, (_, values) in zip(kernel(x, [[w] for w, _ in made], LAYER, ctas=2, warpgroups=1), made, strict=True):
+        check(got, *wanted(x, values))
+    (w, values), x = packed("Q5_0", 48, 2304), limbs_of(activations(1, 2304))
+    check(kernel(x, [[w]], LAYER, ctas=1, warpgroups=2)[0], *wanted(x, values))
+
+
+@quick
+@pytest.mark.parametrize(
+    ("kind", "rows", "width", "eps", "warpgroups"),
+    [("Q4_K", 32, 1280, 1e-5, None), ("Q6_K", 16, 2304, None, 2), ("Q5_1", 64, 704, 1e-5, None)],
+)
+def test_limbs_may_be_made_within(kind, rows, width, eps, warpgroups):
+    """The bits of a launch before, and what a launch before makes is right."""
+    w, values = packed(kind, rows, width)
+    x = activations(2, width)[1:]
+    norm = None if eps is None else 1 + jnp.abs(activations(3, width, seed=1)).astype(jnp.float32)
+    before = {"norm": norm, "eps": eps}
+    (got,) = kernel(x, [[w]], LAYER, warpgroups=warpgroups, **before)
+    made = mosaic.interpret(jax.jit(partial(limbs, interpret=True), static_argnums=3), x, norm, LAYER, eps)
+    np.testing.assert_array_equal(kernel(made, [[w]], LAYER, warpgroups=warpgroups or 1)[0], got)
+    check(got, *wanted(made, values))
 
 
 @quick
@@ -348,15 +376,43 @@ def launches(kinds: Sequence[str], rows: int = 64) -> Iterator[mosaic.Program]:
         yield name, f, (x, weights, jax.ShapeDtypeStruct((), jnp.int32), case.others())
 
 
+def within() -> Iterator[mosaic.Program]:
+    """Launches that make limbs themselves: wide rows, two warpgroups, parts of 256 and of 64, experts."""
+
+    def norm(width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        return jax.ShapeDtypeStruct((1, width), jnp.bfloat16), jax.ShapeDtypeStruct((2, width), jnp.float32)
+
+    for width, kind, rows in ((4096, "Q4_K", 12288), (5376, "Q4_K", 21504), (2560, "Q8_0", 10240), (2880, "MXFP4", 64)):
+        x, weight = norm(width)
+        w = shapes(kind, rows, width)
+        yield (
+            f"{rows} x {width} normed",
+            lambda x, n, w: product(x, [[w]], 1, norm=n, eps=1e-6, dtype=x.dtype),
+            (x, weight, w),
+        )
+    for width, kind, rows in ((12288, "Q6_K", 4096), (2816, "Q4_K", 64)):
+        x, _ = norm(width)
+        yield f"{rows} x {width}", lambda x, w: product(x, [[w]], 1, dtype=x.dtype), (x, shapes(kind, rows, width))
+    x, weight = norm(2048)
+    gate, ids = shapes("Q4_K", 128, 768, 2048), jax.ShapeDtypeStruct((8,), jnp.int32)
+
+    def experts(x, n, w, i):
+        return product(x, [[w, w]], 1, norm=n, eps=1e-6, experts=i, combine=silu_gate, dtype=x.dtype)
+
+    yield "experts, normed", experts, (x, weight, gate, ids)
+
+
 def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
     yield from launches(tuple(TILES))
+    yield from within()
 
 
 @pytest.mark.parametrize("kind", TILES)
 def test_lowered_for_a_gpu(kind):
     """What is not interpreted: short rows where that has long ones."""
     some = list(launches([kind]))
-    for _, f, args in some[:9] if kind == "Q4_K" else some[kind in WIDE :][:1]:
+    some = [*some[:9], *within()] if kind == "Q4_K" else some[kind in WIDE :][:1]
+    for _, f, args in some:
         assert "mosaic_gpu" in mosaic.lower(f, *args, arch=(9, 0))
 
 
@@ -369,7 +425,7 @@ def test_compiled_for_a_gpu_without_spills():
 
 @partial(jax.jit, static_argnames=("combine", "dtype"))
 def launched(x, weights, layer, **options):
-    return product(limbs(x, None, 0, None), weights, layer, **{"dtype": jnp.float32} | options)
+    return product(x, weights, layer, **{"dtype": jnp.float32} | options)
 
 
 @pytest.mark.gpu
@@ -386,7 +442,7 @@ def launched(x, weights, layer, **options):
     ],
 )
 def test_on_a_gpu_at_full_size(kind, rows, width):
-    """Every 61st row, of both kinds in turn; and bits of each token alone."""
+    """Every 61st row, of both kinds in turn; and bits of each token alone, whose limbs may be made within."""
     w, values = packed(kind, rows, width, every=61)
     x = activations(16, width)
     (got,) = launched(x, [[w]], LAYER)

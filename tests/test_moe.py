@@ -24,6 +24,8 @@ from jaxinfer.ops.experts import ExpertParams, experts_gpu, experts_reference, g
 from jaxinfer.ops.matmul import FEW
 from jaxinfer.quants import FORMATS, Packed, pack
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 ULP, BF16_ULP = 2.0**-23, 2.0**-7  # distance between numbers at 1
 WAYS = {  # for few rows, and for many, which both operations treat alike
     "one by one": (experts_reference, 6),
@@ -218,18 +220,18 @@ def check_tiles(chosen: np.ndarray, valid: np.ndarray, experts: int, tile: int) 
     (m, used), expert = chosen.shape, np.where(valid[:, None], chosen, experts).reshape(-1)
     got = run_tiles(jnp.asarray(chosen), jnp.asarray(valid), experts, tile)
     n = -(-m * used // tile) + min(experts, m * used)
-    assert [(a.shape, a.dtype) for a in got] == [(s, jnp.int32) for s in ((m, used), (n * tile,), (n,))]
-    place, source, owner = np.zeros(m * used, int), np.zeros(n * tile, int), np.full(n, experts)
+    assert [(a.shape, a.dtype) for a in got] == [(s, jnp.int32) for s in ((m, used), (n * tile,), (experts + 1,))]
+    place, source, starts = np.zeros(m * used, int), np.zeros(n * tile, int), np.zeros(experts + 1, int)
     order, first = np.argsort(expert, kind="stable"), 0
     for e in range(experts):
         mine = order[expert[order] == e]
         place[mine] = first * tile + np.arange(len(mine))
         source[place[mine]] = mine // used
-        last = first - (-len(mine) // tile)
-        owner[first:last], first = e, last
+        first -= -len(mine) // tile
+        starts[e + 1] = first
     np.testing.assert_array_equal(got.place, place.reshape(m, used))
     np.testing.assert_array_equal(got.source, source)
-    np.testing.assert_array_equal(got.expert, owner)
+    np.testing.assert_array_equal(got.starts, starts)
 
 
 def test_tiles_of_all_patterns_of_empty_groups():
@@ -335,6 +337,7 @@ def test_few_rows_are_not_sorted(experts):
     assert "stablehlo.sort" in text(FEW + 1)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("m", [1, FEW, 64])
 def test_memory_holds_one_expert_at_a_time(m):
     e, d, f, used = 64, 256, 256, 2

@@ -29,6 +29,7 @@ def load(name: str = "qwen3"):
     return jaxinfer.load(model_path(name), expand=False)
 
 
+@pytest.mark.usefixtures("templates_here")
 @pytest.mark.parametrize(
     ("name", "template", "begin", "end"),
     [

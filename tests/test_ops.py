@@ -21,6 +21,8 @@ from jaxinfer.ops import matmul as matmul_ops
 from jaxinfer.quants import FORMATS, PLAIN, pack
 from jaxinfer.snapkv import compact
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 ATTENTIONS = {
     "reference": attention_ops.attention_reference,
     "dense": attention_ops.attention_dense,
@@ -312,9 +314,7 @@ write = jax.jit(cache.write)
 @pytest.mark.parametrize(
     ("window", "chunk", "tokens", "dtype"),
     [
-        (1, 1, 6, "float32"),
         (5, 3, 40, "bfloat16"),
-        (3, 7, 45, "float32"),
         (16, 1, 40, "float32"),
         (16, 16, 100, "bfloat16"),
         (40, 130, 400, "float32"),
@@ -333,9 +333,7 @@ def test_a_ring_is_a_full_cache_with_a_window_bit_for_bit(window, chunk, tokens,
 
 
 @skipping
-@pytest.mark.parametrize(
-    ("t", "window", "aligned"), [(1, None, False), (1, 100, False), (1, 128, True), (140, 100, False)]
-)
+@pytest.mark.parametrize(("t", "window", "aligned"), [(1, None, False), (1, 128, True), (140, 100, False)])
 def test_skipping_changes_no_bit(attention, window, aligned, t):
     """Slots that no query sees hold nan, so that visiting one of them shows."""
     slots, end = 5 * attention_ops.BLOCK, 4 * attention_ops.BLOCK - 20

@@ -77,8 +77,8 @@ def test_one_scored_token_has_no_error(loaded, golden):
 
 def test_chunks_of_any_size_agree(loaded, golden):
     ids = golden.tokens
-    got = [list(perplexity(loaded.model, loaded.params, ids, ctx=20, chunk=c))[-1][1:] for c in (1, 7, 20, 64)]
-    np.testing.assert_allclose(got, [got[0]] * 4, rtol=1e-4)  # as above
+    got = [list(perplexity(loaded.model, loaded.params, ids, ctx=20, chunk=c))[-1][1:] for c in (1, 7, 64)]
+    np.testing.assert_allclose(got, [got[0]] * 3, rtol=1e-4)  # as above
 
 
 CTX, HALF, KEEP = 60, 30, 12

@@ -30,6 +30,8 @@ from jaxinfer.presses import (
 )
 from jaxinfer.snapkv import compact, select
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 DATA = Path(__file__).parent / "data" / "presses"
 ENTRIES = [
     pytest.param(path, method, id=f"{path.stem}-{method['id']}")

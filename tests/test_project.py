@@ -22,13 +22,13 @@ from jaxinfer.layers.attention import AttentionParams, AttentionSpec
 from jaxinfer.layers.linear import Linear, linear, linears
 from jaxinfer.layers.mlp import MlpParams
 from jaxinfer.layers.rope import Rope, frequencies
-from jaxinfer.ops import HOPPER, REFERENCE
+from jaxinfer.ops import HOPPER, HOPPER_INVARIANT, REFERENCE
 from jaxinfer.ops import matmul as matmul_ops
 from jaxinfer.ops.matmul import Norm, matmul_hopper, matmul_reference, project_hopper, project_reference
 from jaxinfer.quants import FORMATS, Packed, Weight, dense
 
 LAYERS, LAYER, WIDTH, EPS = 2, 1, 1024, 1e-3
-KERNEL = "[packed codes and activations of 15 bits]"
+KERNEL, DENSE = "[packed codes and activations of 15 bits]", "[weights as the tensor cores' left operand]"
 NARROW = "24 x 1024 are not rows by 16 of units of 256, 4 at least"
 PACKED = REFERENCE._replace(matmul=matmul_hopper, project=project_hopper)
 quick = pytest.mark.usefixtures("quick_compiler")
@@ -37,7 +37,8 @@ quick = pytest.mark.usefixtures("quick_compiler")
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops' kernels run on a CPU."""
-    for module, name in ((matmul_ops, "limbs"), (matmul_ops.matvec, "product")):
+    ops = matmul_ops
+    for module, name in ((ops.matvec, "product"), (ops.halves, "product"), (ops.grouped, "ungrouped")):
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
 
 
@@ -84,10 +85,8 @@ def combined(kind: str, gates: tuple[np.ndarray, ...], ups: tuple[np.ndarray, ..
 
 
 CASES = {  # batch and tokens, weights, norm, activation, residual
-    "q, k, v": ((2, 3), (("Q4_K", 32), ("Q4_K", 16), ("Q6_K", 16)), True, None, False),
-    "gate and up": ((1, 1), (("Q4_K", 16), ("Q5_K", 16)), True, "silu", False),
-    "gate and up, residual": ((2, 1), (("Q8_0", 16), ("Q8_0", 16)), False, "gelu", True),
-    "residual": ((4, 1), (("Q6_K", 32),), False, None, True),
+    "q, k, v": ((2, 2), (("Q4_K", 32), ("Q4_K", 16), ("Q6_K", 16)), True, None, False),
+    "gate and up, residual": ((2, 1), (("Q4_K", 16), ("Q5_K", 16)), True, "gelu", True),
     "one by one": ((1, 2), (("Q4_K", 16), ("Q4_K", 24), ("BF16", 16)), True, None, False),
 }
 
@@ -125,15 +124,21 @@ def test_a_program_says_which_way_it_takes_and_why():
         run = partial(project_hopper, matmul=matmul_hopper)
         return marks(lambda x, ws, layer: run(x, ws, layer), normal(*lead, width), ws, jnp.int32(1))
 
-    for lead in ((1, 1), (16, 1), (2, 8)):
-        text = way(lead, ("Q4_K", 16), ("Q6_K", 32))
+    for lead in ((1, 1), (4, 1), (2, 2)):
+        text = way(lead, ("Q4_K", 64), ("Q6_K", 64))
         assert KERNEL in text
+        assert DENSE not in text
+    for lead in ((1, 5), (4, 4), (1, 17), (2, 1024)):
+        text = way(lead, ("Q4_K", 64), ("Q6_K", 64))
+        assert DENSE in text
         assert "one by one" not in text
-    text = way((1, 17), ("Q4_K", 16))
-    assert "[product]" in text
-    assert KERNEL not in text
+    low = "16 x 1024 are not rows by 64 of elements by 64, 256 at least"
+    assert f"{KERNEL[:-1]}; {low}]" in way((1, 16), ("Q4_K", 16))
+    assert f"[one by one; {low}]/[decoded by XLA; {low}]/[product]" in way((1, 17), ("Q4_K", 16))
+    assert "[one by one; more than 2048 rows]/[decoded by XLA; more" in way((1, 2049), ("Q4_K", 64))
+    assert "[product]" in way((1, 17), ("BF16", 64))
     text = way((1, 1), ("BF16", 16), ("BF16", 16))
-    assert "[multiply and sum, in place]" in text
+    assert "[weights of 16 bits, in place]" in text
     assert "one by one" not in text
     text = way((1, 1), ("Q4_K", 16), ("Q4_K", 24))
     assert f"[one by one; {NARROW}]/{KERNEL}" in text  # what the kernel covers
@@ -143,46 +148,84 @@ def test_a_program_says_which_way_it_takes_and_why():
     assert "[decoded by XLA; 16 x 768 are not rows" in way((1, 1), ("Q4_K", 16), width=768)
 
 
+def test_which_products_are_invariant():
+    """Packed and plain weights' of any number of rows; not a router's in f32, and it says so."""
+    packed, plain = stack("Q4_K", 64)[0], normal(LAYERS, 64, WIDTH)
+
+    def way(m: int, *ws: Weight, dtype: Any = jnp.bfloat16) -> str:
+        x = normal(1, m, WIDTH, dtype=dtype)
+        run = partial(HOPPER_INVARIANT.project, matmul=HOPPER_INVARIANT.matmul)
+        return marks(lambda x, ws, layer: run(x, ws, layer), x, ws, jnp.int32(1))
+
+    for m, ws in ((1, (packed, packed)), (1, (plain,)), (4, (packed,)), (2049, (packed,))):
+        text = way(m, *ws)
+        assert DENSE in text
+        assert "one by one" not in text
+    assert f"[one by one; one weight is packed, another is not]/{DENSE}" in way(1, packed, plain)
+    why = "activations of float32"
+    assert f"[one by one; {why}]/[not invariant; {why}]" in way(1, plain.astype(jnp.float32), dtype=jnp.float32)
+    assert f"[not invariant; {why}]" in way(1, packed, dtype=jnp.float32)
+    why = "activations of bfloat16 and weights of float16"
+    assert f"[not invariant; {why}]" in way(1, plain.astype(jnp.float16))
+
+
 @quick
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_a_weight_alone(dtype):
+def test_a_row_has_the_same_bits_among_any_number_of_rows():
+    """Alone in a tile of 16, and in one of 32 with others that are nan; gate, up and activation are one launch."""
+    (gate_w, gate_v), (up_w, up_v) = (stack("Q4_K", 64, 256, seed) for seed in (0, 1))
+    x, before = normal(1, 21, 256, seed=7), normal(1, 21, 64, seed=8)
+    run = partial(HOPPER_INVARIANT.project, matmul=HOPPER_INVARIANT.matmul, combine=gate("silu")[0])
+
+    @jax.jit
+    def step(x, before):
+        return run(x, (gate_w, up_w), jnp.int32(LAYER), residual=before)[0]
+
+    alone = mosaic.interpret(step, x[:, 20:], before[:, 20:])
+    want, size = combined("silu", *products(x[:, 20:], [gate_v, up_v], None))
+    check(alone, want + np.asarray(before[:, 20:], np.float64), size + np.abs(before[:, 20:]))
+    among = mosaic.interpret(step, *(a.at[:, :20].set(jnp.nan) for a in (x, before)))
+    np.testing.assert_array_equal(among[:, 20], alone[:, 0])
+    assert np.isnan(among[:, :20]).all()
+
+
+@quick
+@pytest.mark.usefixtures("interpreted")
+def test_a_weight_alone():
     """A head is no stack, and its products are f32."""
     w, values = stack("Q6_K", 32)
     alone, x = jax.tree.map(lambda plane: plane[LAYER], w), normal(1, 3, WIDTH)
-    run = jax.jit(partial(matmul_hopper, dtype=dtype))
+    run = jax.jit(partial(matmul_hopper, dtype=jnp.float32))
     assert KERNEL in marks(run, x, alone)
     got = mosaic.interpret(run, x, alone)
-    assert got.dtype == dtype
+    assert got.dtype == jnp.float32
     ((want, size),) = products(x, [values], None)
     check(got.astype(jnp.bfloat16), want, size)
 
 
 @quick
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("act", [None, "silu"])
-def test_biases(act):
+def test_biases():
     """On some of the maps, which are one launch all the same; a combination comes after them."""
-    kinds, biased = (("Q4_K", 16), ("Q6_K", 16), ("Q4_K", 32)), (True, False, True)
-    made = [stack(kind, rows, seed=i) for i, (kind, rows) in enumerate(kinds[: 3 if act is None else 2])]
+    biased = True, False
+    made = [stack(kind, 16, seed=i) for i, kind in enumerate(("Q4_K", "Q6_K"))]
     biases = [3 * normal(LAYERS, v.shape[0], seed=20 + i, dtype=jnp.float32) for i, (_, v) in enumerate(made)]
-    maps = tuple(Linear(w, b if yes else None) for (w, _), b, yes in zip(made, biases, biased, strict=False))
+    maps = tuple(Linear(w, b if yes else None) for (w, _), b, yes in zip(made, biases, biased, strict=True))
     x, norm = normal(1, 2, WIDTH, seed=7), Norm(1 + normal(LAYERS, WIDTH, seed=9, dtype=jnp.float32) / 4, EPS)
 
     def run(x, maps, layer):
-        return linears(maps, layer, x, PACKED, norm=norm, combine=None if act is None else gate(act)[0])
+        return linears(maps, layer, x, PACKED, norm=norm, combine=gate("silu")[0])
 
     text = marks(run, x, maps, jnp.int32(LAYER))
     assert KERNEL in text
     assert "one by one" not in text
-    got = mosaic.interpret(jax.jit(run), x, maps, jnp.int32(LAYER))
+    (got,) = mosaic.interpret(jax.jit(run), x, maps, jnp.int32(LAYER))
     wants = products(x, [v for _, v in made], norm)
     for i, b in enumerate(biases):
         if biased[i]:
             bias = np.asarray(b[LAYER], np.float64)
             wants[i] = wants[i][0] + bias, wants[i][1] + np.abs(bias)
-    for y, one in zip(got, wants if act is None else [combined(act, *wants)], strict=True):
-        check(y, *one)
+    check(got, *combined("silu", *wants))
 
 
 @quick
@@ -200,22 +243,28 @@ def test_a_map_with_a_residual(biased):
     check(got, want, size)
 
 
-def network(heads: int, ffn: int, o_kind: str, down_kind: str) -> tuple[LayerParams, Config]:
-    """A layer as wide as the kernel needs, with heads of 128."""
+def network(heads: int, width: int, ffn: int, o_kind: str, down_kind: str) -> tuple[LayerParams, Config]:
+    """A layer as wide as the kernel needs, with heads of a width."""
 
     def one(kind: str, rows: int, seed: int, width: int = WIDTH) -> Linear:
         return Linear(stack(kind, rows, width, seed)[0])
 
-    norms = [1 + normal(LAYERS, n, seed=30 + i, dtype=jnp.float32) / 4 for i, n in enumerate((WIDTH, WIDTH, 128, 128))]
+    sizes = WIDTH, WIDTH, width, width
+    norms = [1 + normal(LAYERS, n, seed=30 + i, dtype=jnp.float32) / 4 for i, n in enumerate(sizes)]
     q, k, v, o = (
-        one("Q4_K", 128 * heads, 0),
-        one("Q4_K", 128, 1),
-        one("Q6_K", 128, 2),
-        one(o_kind, WIDTH, 3, 128 * heads),
+        one("Q4_K", width * heads, 0),
+        one("Q4_K", width, 1),
+        one("Q6_K", width, 2),
+        one(o_kind, WIDTH, 3, width * heads),
     )
     ffn_ = MlpParams(one("Q4_K", ffn, 4), one("Q4_K", ffn, 5), one(down_kind, WIDTH, 6, ffn))
     spec = AttentionSpec(
-        kv_heads=1, group=heads, width=128, scale=128**-0.5, rope=Rope(tuple(frequencies(1e4, 128)), False), eps=EPS
+        kv_heads=1,
+        group=heads,
+        width=width,
+        scale=width**-0.5,
+        rope=Rope(tuple(frequencies(1e4, width)), False),
+        eps=EPS,
     )
     config = Config(
         layers=LAYERS,
@@ -242,8 +291,8 @@ def kernels(jaxpr: Any) -> list[str]:
 
 
 def test_a_layer_of_a_model_is_four_launches():
-    """Norm and product of q, k, v; the output; of gate and up; of down. Each with its limbs."""
-    params, config = network(8, 1024, "Q4_K", "Q6_K")
+    """Norm and product of q, k, v; the output; of gate and up; of down. Each makes its limbs."""
+    params, config = network(8, 128, 1024, "Q4_K", "Q6_K")
     ((_, spec),) = config.mixers
     cache = spec.cache(LAYERS, 1, 16, 1, jnp.bfloat16)
 
@@ -251,8 +300,7 @@ def test_a_layer_of_a_model_is_four_launches():
         return decoder.layer(p, LAYER, x, jnp.full((1, 1), 5), cache, config, PACKED)
 
     given = params, normal(1, 1, WIDTH), cache
-    assert kernels(jax.make_jaxpr(step)(*given).jaxpr) == ["make_limbs", "few_products"] * 4
-    assert "mosaic_gpu_v2" in mosaic.lower(step, *given, arch=(9, 0))
+    assert kernels(jax.make_jaxpr(step)(*given).jaxpr) == ["few_products"] * 4
     text = marks(lambda p, x, cache: step(p, x, cache), *given)
     assert "one by one" not in text
     assert HOPPER.project is PACKED.project
@@ -263,10 +311,10 @@ def test_a_layer_of_a_model_is_four_launches():
 @pytest.mark.usefixtures("interpreted")
 def test_a_layer_of_a_model():
     """Nearer to the reference in f32, on decoded weights, than the reference in bf16 is, which rounds more."""
-    params, config = network(2, 64, "BF16", "BF16")
+    params, config = network(2, 32, 16, "BF16", "BF16")
     decoded = jax.tree.map(dense, params, is_leaf=lambda w: isinstance(w, Packed))
     x, pos = normal(1, 1, WIDTH, seed=7), jnp.full((1, 1), 6)
-    k, v = (normal(LAYERS, 1, 1, 16, 128, seed=s) for s in (40, 41))
+    k, v = (normal(LAYERS, 1, 1, 16, 32, seed=s) for s in (40, 41))
     cache = KVCache(k, v, jnp.broadcast_to(jnp.where(jnp.arange(16) < 6, jnp.arange(16), -1), (LAYERS, 1, 1, 16)))
 
     @partial(jax.jit, static_argnums=3)

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import mosaic
 import numpy as np
 import pytest
+from models import rms_norm
 
 from jaxinfer.layers import routing as recipes
 from jaxinfer.layers.routing import ROUTINGS
 from jaxinfer.ops.route import route_reference
-from jaxinfer.pallas.route import route
+from jaxinfer.pallas.route import route, score
 
 interpreted = partial(mosaic.interpret, jax.jit(partial(route, interpret=True), static_argnums=(1, 2)))
 quick = pytest.mark.usefixtures("quick_compiler")
+scored = partial(mosaic.interpret, jax.jit(partial(score, interpret=True), static_argnums=4))
 both = pytest.mark.parametrize(
     "make", [jax.jit(route_reference, static_argnums=(1, 2)), interpreted], ids=["reference", "kernel"]
 )
@@ -101,6 +103,49 @@ def test_infinities_and_nan(make):
             assert np.isnan(weights[2]).all()
 
 
+EPS = 1e-6
+
+
+def router(m: int, experts: int, width: int, dtype: Any = jnp.bfloat16) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows, a stack of two layers and their norms."""
+    rng = np.random.default_rng(experts)
+    x = jnp.asarray(rng.standard_normal((m, width)), dtype)
+    weight = rng.standard_normal((2, experts, width), np.float32) / np.float32(np.sqrt(width))
+    return x, jnp.asarray(weight), jnp.asarray(1 + rng.random((2, width)), jnp.float32)
+
+
+def check_scores(got: jax.Array, x: jax.Array, weight: jax.Array, norm: np.ndarray | None) -> None:
+    """Of layer 1. A normed row is rounded to its type; a sum of D products errs by D / 32 + 16 roundings at most."""
+    y, w = np.asarray(x, np.float64), np.asarray(weight[1], np.float64)
+    unit = 0.0
+    if norm is not None:
+        y, unit = rms_norm(y, norm.astype(np.float64), EPS), {"bfloat16": 2.0**-8, "float16": 2.0**-11}[str(x.dtype)]
+    roundings = unit + (y.shape[1] / 32 + 16) * 2.0**-24
+    assert (got.shape, got.dtype) == ((len(x), weight.shape[1]), jnp.float32)
+    assert (np.abs(np.asarray(got, np.float64) - y @ w.T) <= roundings * np.abs(y) @ np.abs(w).T).all()
+
+
+@quick
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_scores_against_float64(dtype):
+    x, weight, norm = router(2, 8, 384, dtype)
+    check_scores(scored(x, weight, 1), x, weight, None)
+    got = scored(x, weight, jnp.int32(1), norm, EPS)
+    check_scores(got, x, weight, np.asarray(norm[1]))
+    np.testing.assert_array_equal(got[1:], scored(x[1:], weight, 1, norm, EPS))
+
+
+def test_what_scores_are_not_made_of():
+    x, weight, _ = router(1, 8, 384)
+    with pytest.raises(NotImplementedError, match="score: a router in bfloat16"):
+        score(x, weight.astype(jnp.bfloat16), 0)
+    for wrong in (weight[:, :6], weight[..., :320]):
+        with pytest.raises(NotImplementedError, match=r"score: .* for rows in bfloat16: experts by 4, columns by 128"):
+            score(x[:, : wrong.shape[2]], wrong, 0)
+    with pytest.raises(NotImplementedError, match="for rows in float32"):
+        score(x.astype(jnp.float32), weight, 0)
+
+
 def test_what_the_kernel_does_not_cover_is_refused():
     def call(experts: int, used: int, routing: Any = recipes.softmax_of_all, dtype: Any = jnp.float32) -> None:
         route(jnp.zeros((1, experts), dtype), used, routing)
@@ -125,6 +170,10 @@ def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
     for m, experts, used, routing in cases:
         scores = jax.ShapeDtypeStruct((m, experts), jnp.float32)
         yield f"{m} x {experts} {routing.__name__}", lambda s, u=used, r=routing: route(s, u, r), (scores,)
+    for m, experts, width in ((1, 128, 2048), (16, 256, 2048), (1, 128, 2816), (1, 32, 4096)):
+        S = jax.ShapeDtypeStruct
+        given = S((m, width), jnp.bfloat16), S((2, experts, width), jnp.float32), S((2, width), jnp.float32)
+        yield f"{m} {experts} x {width}", lambda x, w, norm: score(x, w, 1, norm, EPS), given
 
 
 @pytest.mark.parametrize("arch", [(8, 0), (9, 0)])
@@ -150,3 +199,14 @@ def test_on_a_gpu_at_full_size(m, experts, used, routing):
     got = run(scores, used, routing)
     check(got, scores, used, routing)
     jax.tree.map(np.testing.assert_array_equal, got, run(scores, used, routing))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "experts", "width"), [(1, 128, 2048), (16, 256, 2048), (3, 128, 2816)])
+def test_scores_on_a_gpu_at_full_size(m, experts, width):
+    x, weight, norm = router(m, experts, width)
+    run = jax.jit(score, static_argnums=4)
+    got = run(x, weight, 1, norm, EPS)
+    check_scores(got, x, weight, np.asarray(norm[1]))
+    np.testing.assert_array_equal(got[:1], run(x[:1], weight, 1, norm, EPS))
+    check_scores(run(x, weight, 1, None, None), x, weight, None)

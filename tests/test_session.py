@@ -258,6 +258,7 @@ TEMPLATE = (
 )
 
 
+@pytest.mark.usefixtures("templates_here")
 @pytest.mark.parametrize(("name", "evicting"), [*((name, False) for name in KINDS), ("qwen35moe", True)])
 def test_a_chat_reads_only_what_is_new(name, evicting):
     model, params, tokenizer = load(name)
@@ -286,7 +287,7 @@ def test_a_chat_reads_only_what_is_new(name, evicting):
         assert [p.token for p in pieces] == [p.token for p in alone]
         assert "".join(p.text for p in pieces) == "".join(p.text for p in alone)
         if name == "qwen3":
-            free = jaxinfer.generate(model, params, tokenizer, messages, chunk=CHUNK, **options)
+            free = jaxinfer.generate(model, params, tokenizer, messages, chunk=CHUNK, ctx=SLOTS, **options)
             assert free == "".join(p.text for p in pieces)
         messages.append({"role": "assistant", "content": "".join(p.text for p in pieces)})
         last = len(told)
@@ -296,7 +297,7 @@ def test_a_chat_reads_only_what_is_new(name, evicting):
 def test_a_session_reads_no_further_than_a_stop_string():
     model, params, tokenizer = load("qwen3")
     options = {"max_tokens": 24, "sampler": GREEDY, "burst": BURST, "ignore_eos": True}
-    free = list(jaxinfer.stream(model, params, tokenizer, prompt(20), **options))
+    free = list(jaxinfer.stream(model, params, tokenizer, prompt(20), chunk=CHUNK, ctx=SLOTS, **options))
     at, stop = next((i, p.text) for i, p in enumerate(free) if 8 < i < 15 and p.text.strip())
     session = new("qwen3")
     list(jaxinfer.stream(model, params, tokenizer, prompt(20), session=session, stop=[stop], **options))

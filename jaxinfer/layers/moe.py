@@ -6,7 +6,7 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.layers.linear import Linear, linear
+from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.mlp import MlpParams, mlp
 from jaxinfer.layers.routing import Routing
 from jaxinfer.ops import Ops
@@ -52,7 +52,9 @@ def moe(
     `router_input` where that is not the same. Positions below zero mark padding, for which no expert is run.
     """
     given = normed(x, norm, layer)
-    scores = linear(p.router, layer, (given if router_input is None else router_input).astype(jnp.float32), ops)
+    routed_by = (x, norm) if router_input is None else (router_input, None)
+    scores = ops.scores(routed_by[0], p.router.weight, layer, matmul=ops.matmul, norm=routed_by[1])
+    scores = scores if p.router.bias is None else scores + p.router.bias[layer]
     rows, valid = x.reshape(-1, x.shape[-1]), (pos >= 0).reshape(-1)
     chosen, weights = ops.route(scores.reshape(len(rows), -1), spec.used, spec.routing)
     added = {} if residual is None else {"residual": residual.reshape(rows.shape)}

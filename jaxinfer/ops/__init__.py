@@ -23,7 +23,7 @@ from jaxinfer.ops.attention import (
 from jaxinfer.ops.delta import gated_delta_chunked, gated_delta_reference
 from jaxinfer.ops.experts import experts_gpu, experts_hopper, experts_reference
 from jaxinfer.ops.matmul import matmul_gpu, matmul_hopper, matmul_reference, project_hopper, project_reference
-from jaxinfer.ops.route import route_ampere, route_reference
+from jaxinfer.ops.route import route_ampere, route_reference, scores_ampere, scores_reference
 from jaxinfer.ops.store import store_ampere, store_reference
 from jaxinfer.ops.votes import votes_hopper, votes_reference
 from jaxinfer.tree import Device
@@ -38,12 +38,13 @@ class Ops(NamedTuple):
     store: Callable[..., tuple[Array, KVCache]] = store_reference
     project: Callable[..., tuple[Array, ...]] = project_reference
     route: Callable[..., tuple[Array, Array]] = route_reference
+    scores: Callable[..., Array] = scores_reference
 
 
 REFERENCE = Ops(matmul_reference, attention_reference, experts_reference, gated_delta_reference)
 CPU = Ops(matmul_reference, attention_blocks, experts_reference, gated_delta_chunked)
 GPU = Ops(matmul_gpu, attention_tiles, experts_gpu, gated_delta_chunked)
-AMPERE = GPU._replace(attention=attention_ampere, store=store_ampere, route=route_ampere)
+AMPERE = GPU._replace(attention=attention_ampere, store=store_ampere, route=route_ampere, scores=scores_ampere)
 HOPPER = Ops(
     matmul_hopper,
     attention_hopper,
@@ -53,6 +54,14 @@ HOPPER = Ops(
     store_ampere,
     project_hopper,
     route_ampere,
+    scores_ampere,
+)
+# Products that give a row the same bits among any number of others; a chunk's attention sums in another order than a
+# single token's, which is left as it is.
+HOPPER_INVARIANT = HOPPER._replace(
+    matmul=partial(matmul_hopper, invariant=True),
+    experts=partial(experts_hopper, invariant=True),
+    project=partial(project_hopper, invariant=True),
 )
 
 

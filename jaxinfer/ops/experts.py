@@ -14,8 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.ops.form import form
 from jaxinfer.ops.matmul import FEW, MOST, Norm, matmul_reference, normed
-from jaxinfer.pallas import grouped, matvec
-from jaxinfer.pallas.limbs import Limbs, limbs
+from jaxinfer.pallas import grouped, halves, matvec
 from jaxinfer.pallas.reduce import UNIT, reduce, reduce_reference
 from jaxinfer.quants import Packed, Weight, at, dense
 from jaxinfer.tree import Index, pytree
@@ -45,7 +44,7 @@ class Tiles(NamedTuple):
 
     place: Int[Array, "M A"]  # the row of an assignment; 0 for those of padding
     source: Int[Array, " rows"]  # the token whose activations a row takes; 0 for rows that are nobody's
-    expert: Int[Array, " n"]  # whose a tile is; E for those behind the last
+    starts: Int[Array, " E+1"]  # where each expert's tiles begin, and where the last one's end
 
 
 class Groups(NamedTuple):
@@ -124,22 +123,31 @@ def experts_hopper(
     *,
     activation: Activation,
     norm: Norm | None = None,
+    invariant: bool = False,
     **options: Any,
 ) -> Float[Array, "M D"]:
     """The reference's sum, by kernels.
 
     Many rows are laid out by expert for two grouped products; few read their own choices' weights, a choice at a time.
-    One launch adds up the choices. An expert's scale is multiplied with the choice's weight.
+    One launch adds up the choices. An expert's scale is multiplied with the choice's weight. `invariant`: few rows are
+    laid out, too, and a row has the same bits among any number of others, see `matmul_hopper`.
     """
-    few = len(x) <= MOST
+    few = len(x) <= MOST and not invariant
     if why := beyond(p, few, x.dtype):
         with form("by XLA", why):
             return experts_gpu(p, layer, x, chosen, weights, valid, activation=activation, norm=norm, **options)
     if p.scale is not None:
         weights = weights * p.scale[layer, chosen].astype(jnp.float32)
-    with form("few rows, choice by choice" if few else "grouped products"):
-        rows, place = (_chosen if few else _laid_out)(p, layer, x, norm, chosen, valid, activation)
-        return reduce(rows, place, weights, valid, **options)
+    if not few:
+        with form("grouped products"):
+            rows, place = _laid_out(p, layer, x, norm, chosen, valid, activation)
+            return reduce(rows, place, weights, valid, **options)
+    with form("few rows, choice by choice"):
+        # A single row is padding only where all is done: then its experts are read in vain, else launches are saved.
+        if len(x) > 1:
+            chosen = jnp.where(valid[:, None], chosen, p.down.shape[1])
+        rows = _chosen(p, layer, x, norm, chosen, activation)
+        return reduce(rows, None, weights, valid if len(x) > 1 else None, **options)
 
 
 def beyond(p: ExpertParams, few: bool, dtype: np.dtype) -> str | None:
@@ -152,26 +160,29 @@ def beyond(p: ExpertParams, few: bool, dtype: np.dtype) -> str | None:
     if p.down.shape[-2] % UNIT:
         return f"{p.down.shape[-2]} columns are no multiple of {UNIT}"
     if few:
-        return next((why for w in ups if (why := matvec.beyond(w, 3 - len(ups)))), None) or matvec.beyond(p.down)
+        return _beyond_few(ups, 3 - len(ups)) or _beyond_few([p.down])
     return grouped.beyond(ups, 3 - len(ups)) or grouped.beyond([p.down])
 
 
+def _beyond_few(ws: list[Weight], parts: int = 1) -> str | None:
+    if not isinstance(ws[0], Packed):
+        return halves.beyond(ws, parts)
+    return next((why for w in ws if (why := matvec.beyond(w, parts))), None)
+
+
 def _chosen(
-    p: ExpertParams, layer: Index, x: Array, norm: Norm | None, chosen: Array, valid: Array, activation: Activation
-) -> tuple[Float[Array, "n D"], Int[Array, "M A"]]:
-    """The f32 outputs of few rows' choices, and which one is whose."""
-    # A single row is padding only where all is done: then its experts are read in vain, else a launch is saved.
-    chosen = chosen if len(x) == 1 else jnp.where(valid[:, None], chosen, p.down.shape[1])
+    p: ExpertParams, layer: Index, x: Array, norm: Norm | None, chosen: Array, activation: Activation
+) -> Float[Array, "n D"]:
+    """The f32 outputs of few rows' choices, choice by choice; zeros where there is no such expert."""
     (ups, up_biases), (downs, down_biases) = _sides(p)
 
-    def product(x: Limbs, ws: list[Weight], **options: Any) -> Array:
-        return matvec.product(x, [ws], layer, experts=chosen.reshape(-1), **options)[0]
+    def product(x: Array, ws: list[Weight], **options: Any) -> Array:
+        kernel = matvec if isinstance(ws[0], Packed) else halves
+        return kernel.product(x, [ws], layer, experts=chosen.reshape(-1), **options)[0]
 
-    own = limbs(x, norm and norm.weight, layer, norm and norm.eps)
-    h = product(own, ups, biases=up_biases and [up_biases], combine=activation, dtype=x.dtype)
-    own = limbs(h, None, layer, None)
-    y = product(own, downs, biases=down_biases and [down_biases], dtype=jnp.float32)
-    return y, jnp.asarray(np.arange(chosen.size, dtype=np.int32).reshape(chosen.shape))  # a constant: no launch
+    before = {"norm": norm.weight, "eps": norm.eps} if norm else {}
+    h = product(x, ups, biases=up_biases and [up_biases], combine=activation, dtype=x.dtype, **before)
+    return product(h, downs, biases=down_biases and [down_biases], dtype=jnp.float32)
 
 
 def _laid_out(
@@ -181,7 +192,7 @@ def _laid_out(
     tile, experts = layout_tile(chosen.size, p.down.shape[1]), p.down.shape[1]
     to = tiles(chosen, valid, experts, tile)
     (ups, up_biases), (downs, down_biases) = _sides(p)
-    product = partial(grouped.grouped, layer=layer, expert_of_tile=to.expert, tile=tile, dtype=x.dtype)
+    product = partial(grouped.grouped, layer=layer, starts=to.starts, tile=tile, dtype=x.dtype)
     x = normed(x, norm, layer)
     rows = (grouped.permuted(x) if isinstance(p.gate, Packed) else x)[to.source]
     packed = isinstance(p.down, Packed)
@@ -311,7 +322,7 @@ def tiles(chosen: Int[Array, "M A"], valid: Bool[Array, " M"], experts: int, til
     return Tiles(
         place=jnp.where(expert < experts, place, 0).reshape(chosen.shape),
         source=source,
-        expert=(starts[1:, None] <= jnp.arange(count)).sum(0, dtype=jnp.int32),
+        starts=starts,
     )
 
 

@@ -1,6 +1,8 @@
 """Products of activations with weights that may be packed."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,13 +13,13 @@ from jaxtyping import Array, Float
 
 from jaxinfer.layers.norm import rms_norm
 from jaxinfer.ops.form import form
-from jaxinfer.pallas import matvec
-from jaxinfer.pallas.limbs import limbs
+from jaxinfer.pallas import grouped, halves, matvec
 from jaxinfer.quants import Packed, Weight, at, dense
 from jaxinfer.tree import Index, pytree, static
 
 LONG, RUN = 2**14, 256  # rows so long are summed in runs: 102 us in place of 200 for 5120 x 17408 of Q6_K, 79 for 132
-MOST = 16  # rows of activations that the kernel for packed weights takes
+FEWEST, MOST = 4, 16  # rows of activations for which `matvec` is the best, and that it takes
+MANY = 2048  # rows from which on XLA's decoding costs less than what cuBLAS gains
 FEW = 8  # rows of activations up to which a product is bound by its weight's bytes alone
 
 
@@ -54,16 +56,24 @@ def matmul_gpu(
 
 
 def matmul_hopper(
-    x: Float[Array, "B T D"], w: Weight, layer: Index | None = None, *, dtype: DTypeLike | None = None
+    x: Float[Array, "B T D"],
+    w: Weight,
+    layer: Index | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    invariant: bool = False,
 ) -> Float[Array, "B T F"]:
-    """The reference's product; for few rows through the kernel for packed weights, else as `matmul_gpu`."""
-    if x.shape[0] * x.shape[1] > MOST or not isinstance(w, Packed):
-        return matmul_gpu(x, w, layer, dtype=dtype)
-    if why := matvec.beyond(w):
-        with form("decoded by XLA", why):
+    """The reference's product, by the kernel for packed weights that `_kernel` finds, else as `matmul_gpu`.
+
+    `invariant`: one kernel takes any number of rows, from 1 on, and each row has the same bits among any number of
+    others. It takes what `grouped.beyond` does not name, plain weights too; the rest is marked as not invariant.
+    """
+    kernel, why = _kernel(x, [w], invariant)
+    if kernel is None:
+        with nullcontext() if why is None else form("not invariant" if invariant else "decoded by XLA", why):
             return matmul_gpu(x, w, layer, dtype=dtype)
     w = w if layer is not None else jax.tree.map(lambda plane: plane[None], w)
-    return _packed(x, [[w]], 0 if layer is None else layer, None, dtype=dtype or x.dtype)[0]
+    return kernel(x, [[w]], 0 if layer is None else layer, dtype=dtype or x.dtype)[0]
 
 
 @pytree
@@ -106,25 +116,91 @@ def project_hopper(
     norm: Norm | None = None,
     combine: Callable[..., Array] | None = None,
     residual: Float[Array, "B T F"] | None = None,
+    invariant: bool = False,
     **options: Any,
 ) -> tuple[Float[Array, "B T _"], ...]:
-    """The reference's products; for few rows and packed weights in one launch, after one for the norm."""
-    if x.shape[0] * x.shape[1] > MOST or not any(isinstance(w, Packed) for w in weights):
-        return project_reference(x, weights, layer, norm=norm, combine=combine, residual=residual, **options)
-    if why := next((why for w in weights if (why := matvec.beyond(w))), None):
-        with form("one by one", why):
+    """The reference's products, in one launch where a kernel takes all of the weights, see `matmul_hopper`.
+
+    A row's bits are then those of its products alone, but for the norm and the residual, which XLA adds to many rows.
+    """
+    kernel, why = _kernel(x, weights, invariant)
+    if kernel is None:
+        with nullcontext() if why is None else form("one by one", why):
             return project_reference(x, weights, layer, norm=norm, combine=combine, residual=residual, **options)
     sets = [[w] for w in weights] if combine is None else [list(weights)]
-    return _packed(x, sets, layer, norm, dtype=x.dtype, combine=combine, residual=residual)
+    return kernel(x, sets, layer, norm, dtype=x.dtype, combine=combine, residual=residual)
 
 
-@form("packed codes and activations of 15 bits")
-def _packed(
-    x: Array, sets: Any, layer: Index, norm: Norm | None, *, residual: Array | None = None, **options: Any
+type _Kernel = Callable[..., tuple[Array, ...]]
+
+
+def _kernel(x: Array, weights: Sequence[Weight], invariant: bool) -> tuple[_Kernel | None, str | None]:
+    """What multiplies x with all of the weights, None for XLA, and why it is not the best for so many rows, if so.
+
+    The kernel for few rows multiplies each of them by itself: as fast as memory up to FEWEST rows, and from 5 on slower
+    than the other one, whose time is the same up to 64. That one decodes a weight once for 256 rows; XLA decodes it
+    once, at what 100 to 200 rows cost, and cuBLAS multiplies a tenth faster, which is worth it for more than MANY.
+    """
+    rows, packed = x.shape[0] * x.shape[1], any(isinstance(w, Packed) for w in weights)
+    if not (packed or invariant):
+        fits = rows <= halves.MOST and not _beyond(_few, x, weights)
+        return (partial(_few, why=None) if fits else None), None
+    if rows > MANY and not invariant:
+        return None, f"more than {MANY} rows"
+    few = [_few] if rows <= MOST and not invariant else []
+    first = None
+    for kernel in [*few, _many] if rows <= FEWEST else [_many, *few]:
+        if not (why := _beyond(kernel, x, weights)):
+            return partial(kernel, why=first), first
+        first = first or why
+    return None, first
+
+
+def _beyond(kernel: _Kernel, x: Array, weights: Sequence[Weight]) -> str | None:
+    """Why a kernel does not multiply x with all of the weights, None where it does."""
+    if kernel is _few and not any(isinstance(w, Packed) for w in weights):
+        return f"activations of {x.dtype}" if x.dtype not in halves.KINDS else halves.beyond(weights)
+    if kernel is _few:
+        return next((why for w in weights if (why := matvec.beyond(w))), None)
+    wrong = [w.dtype for w in weights if not isinstance(w, Packed) and w.dtype != x.dtype]
+    if x.dtype not in (jnp.bfloat16, jnp.float16) or wrong:
+        return f"activations of {x.dtype}{f' and weights of {wrong[0]}' if wrong else ''}"
+    return grouped.beyond(weights)
+
+
+def _few(
+    x: Array,
+    sets: Any,
+    layer: Index,
+    norm: Norm | None = None,
+    *,
+    why: str | None,
+    residual: Array | None = None,
+    **options: Any,
 ) -> tuple[Array, ...]:
-    """The kernels' products, with x as rows."""
-    rows = x.reshape(-1, x.shape[-1])
-    own = limbs(rows, norm and norm.weight, layer, norm and norm.eps)
-    residual = None if residual is None else residual.reshape(len(rows), -1)
-    ys = matvec.product(own, sets, layer, residual=residual, **options)
-    return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
+    """Products of `pallas.matvec`, or of `pallas.halves` for plain weights, with x as rows, normed within."""
+    packed = isinstance(sets[0][0], Packed)
+    product = matvec.product if packed else halves.product
+    with form("packed codes and activations of 15 bits" if packed else "weights of 16 bits, in place", why):
+        rows = x.reshape(-1, x.shape[-1])
+        before = {"norm": norm.weight, "eps": norm.eps} if norm else {}
+        residual = None if residual is None else residual.reshape(len(rows), -1)
+        ys = product(rows, sets, layer, residual=residual, **before, **options)
+        return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
+
+
+def _many(
+    x: Array,
+    sets: Any,
+    layer: Index,
+    norm: Norm | None = None,
+    *,
+    why: str | None,
+    residual: Array | None = None,
+    **options: Any,
+) -> tuple[Array, ...]:
+    """Products of `pallas.grouped`, with x as rows."""
+    with form("weights as the tensor cores' left operand", why):
+        rows = normed(x, norm, layer).reshape(-1, x.shape[-1])
+        ys = [y.reshape(*x.shape[:-1], -1) for y in grouped.ungrouped(rows, sets, layer, **options)]
+        return tuple(ys if residual is None else [residual + y for y in ys])

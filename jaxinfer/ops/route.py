@@ -1,10 +1,38 @@
-"""The choice of experts for tokens, from a router's scores."""
+"""A router's scores of tokens, and the choice of experts from them."""
 
+from collections.abc import Callable
+
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.layers.routing import Routing
 from jaxinfer.ops.form import form
+from jaxinfer.ops.matmul import MOST, Norm, normed
 from jaxinfer.pallas import route
+from jaxinfer.quants import Packed, Weight
+from jaxinfer.tree import Index
+
+
+def scores_reference(
+    x: Float[Array, "B T D"], router: Weight, layer: Index, *, matmul: Callable[..., Array], norm: Norm | None = None
+) -> Float[Array, "B T E"]:
+    """router[layer] x in f32, for a router [R, E, D], x normed before if there is a norm."""
+    return matmul(normed(x, norm, layer).astype(jnp.float32), router, layer)
+
+
+def scores_ampere(
+    x: Float[Array, "B T D"], router: Weight, layer: Index, *, norm: Norm | None = None, **options: Callable[..., Array]
+) -> Float[Array, "B T E"]:
+    """The reference's scores; for few tokens and a router in f32 in one launch with the norm."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > MOST:
+        return scores_reference(x, router, layer, norm=norm, **options)
+    if why := "a packed router" if isinstance(router, Packed) else route.beyond_score(rows, router):
+        with form("by XLA", why):
+            return scores_reference(x, router, layer, norm=norm, **options)
+    with form("one launch with the norm"):
+        before = (norm.weight, norm.eps) if norm else (None, None)
+        return route.score(rows, router, layer, *before).reshape(*x.shape[:-1], -1)
 
 
 def route_reference(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache import KVCache
 from jaxinfer.pallas.bounds import beyond, part, visit
-from jaxinfer.pallas.registers import gather, layout, tiled
+from jaxinfer.pallas.registers import gather, layout, store, tiled
 from jaxinfer.tree import Index
 
 FEW = 8  # tokens of a call up to which a row's keys are split
@@ -232,14 +232,14 @@ def _attend(
             inverse = across(1 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny), piece, ACC)
             if splits == 1:
                 for a, cols in zip(acc, pieces, strict=True):
-                    outs[0][head, mine, cols] = (a * inverse).astype(q.dtype)
+                    store(outs[0].at[head, mine, cols], (a * inverse).astype(q.dtype))
                 return
-            outs[1][head, split, mine] = jnp.where(total > 0, top + jnp.log2(total), -jnp.inf)
+            store(outs[1].at[head, split, mine], jnp.where(total > 0, top + jnp.log2(total), -jnp.inf))
 
             @pl.when((start < stop) | (split == 0))
-            def store() -> None:
+            def store_part() -> None:
                 for a, cols in zip(acc, pieces, strict=True):
-                    outs[0][head, split, mine, cols] = a * inverse
+                    store(outs[0].at[head, split, mine, cols], a * inverse)
 
     out = [jax.ShapeDtypeStruct((heads, m, width), q.dtype)]
     if splits > 1:
@@ -295,7 +295,7 @@ def join(
             out += jnp.where(weight > 0, x * weight, 0)
         out /= jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         place = lax.div(head, kv_heads), lax.div(index, group), lax.rem(head, kv_heads), lax.rem(index, group)
-        out_gmem[*place, cols] = out.astype(dtype)
+        store(out_gmem.at[*place, cols], out.astype(dtype))
 
     return plgpu.kernel(
         flash_join,

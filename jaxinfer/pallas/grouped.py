@@ -1,9 +1,9 @@
-"""Products of rows that are grouped by expert with each expert's own weight, on Hopper (MegaBlocks, arXiv:2211.15841).
+"""Products of many rows on Hopper: grouped by expert, with each one's weight (MegaBlocks, arXiv:2211.15841), or not.
 
 The product is transposed: a weight's rows are the 64 of the tensor cores' product, and rows of x its columns, of which
-there may be few. Two warpgroups multiply, each 64 rows of every weight; a third one copies ahead of them, also across
-groups of rows. Packed weights are decoded into the registers that a product takes its left operand from, while the one
-before it runs; a value is decoded once for up to 256 rows of x.
+there may be few. Two warpgroups multiply, each 64 rows of a weight, or of gate one and of up the other; a third one
+copies ahead of them, also across groups of rows. Packed weights are decoded into the registers that a product takes its
+left operand from, while the one before it runs; a value is decoded once for up to 256 rows of x.
 """
 
 import math
@@ -16,14 +16,13 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.pallas import registers, units
 from jaxinfer.pallas.limbs import RUN
-from jaxinfer.pallas.registers import PERMUTED, SUMS, TURNED, tiled
+from jaxinfer.pallas.registers import SUMS, TURNED, tiled
 from jaxinfer.pallas.tiles import TILES, UNIT, Tile
 from jaxinfer.quants import Packed, Weight, at, dense
 from jaxinfer.tree import Index
@@ -31,6 +30,7 @@ from jaxinfer.tree import Index
 ROWS, CHUNK = 64, 64  # of a product; elements of a row of x that are copied at once
 COMPUTING = 2  # warpgroups
 COLUMNS = 256  # of a warpgroup's sums, which are half of its registers then
+DECODING, ENDS = 64, 8  # rows of x whose products take as long as decoding, and as what an item begins and ends with
 PIECE, OUTS = 32, 2  # rows of the result that are stored at once; such pieces on their way
 REGISTERS = 24, 240  # of the copying and the computing warpgroups' threads: together 24 + 2 * 240 <= 3 * 168
 PROCESSORS = 132  # of an H100 or H200
@@ -57,15 +57,15 @@ def beyond(weights: Sequence[Any], parts: int = 1) -> str | None:
 
 
 def permuted(x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-    """Each 16 columns of x in the order that products with packed weights take."""
-    return x.reshape(*x.shape[:-1], -1, len(PERMUTED))[..., np.array(PERMUTED)].reshape(x.shape)
+    """Each 16 columns of x in the order that products with packed weights take, registers.PERMUTED."""
+    return x.reshape(*x.shape[:-1], -1, 4, 2, 2).swapaxes(-3, -2).reshape(x.shape)
 
 
 def reference(
     x: Float[Array, "N D"],
     weights: Sequence[Weight],
     layer: Index,
-    expert_of_tile: Int[Array, " n_tiles"],
+    starts: Int[Array, " edges"],
     *,
     tile: int,
     biases: Sequence[Array] | None = None,
@@ -82,7 +82,9 @@ def reference(
             ys = jnp.split(ys[0], 2, axis=1)
         return (ys[0] if combine is None else combine(*ys)).astype(dtype)
 
-    return lax.map(one, (x.reshape(-1, tile, x.shape[1]), expert_of_tile)).reshape(len(x), -1)
+    tiles = x.reshape(-1, tile, x.shape[1])
+    expert = (starts[1:, None] <= jnp.arange(len(tiles))).sum(0)
+    return lax.map(one, (tiles, expert)).reshape(len(x), -1)
 
 
 class Items(NamedTuple):
@@ -91,19 +93,31 @@ class Items(NamedTuple):
     expert: Int[Array, " n"]
     first: Int[Array, " n"]  # its first tile
     tiles: Int[Array, " n"]  # how many
-    number: Int[Array, "1"]  # of items; what lies behind them means nothing
+    starts: Int[Array, " E+1"]  # where each expert's items begin; the last is how many there are: others mean nothing
 
 
-def items_of(expert_of_tile: Int[Array, " n"], experts: int, most: int) -> Items:
-    """Up to `most` tiles of an expert are an item. Sums over pairs of tiles are fewer launches than scans."""
-    e, i = expert_of_tile, jnp.arange(len(expert_of_tile), dtype=jnp.int32)
-    same, before = e[:, None] == e, i < i[:, None]
-    rank, size = (same & before).sum(1, dtype=jnp.int32), same.sum(1, dtype=jnp.int32)
-    head = (e >= 0) & (e < experts) & (rank % most == 0)
-    place = jnp.where(head, (head & before).sum(1, dtype=jnp.int32), -1)
-    here = place == i[:, None]
-    one, first, tiles = (jnp.where(here, a, 0).sum(1, dtype=jnp.int32) for a in (e, i, jnp.minimum(size - rank, most)))
-    return Items(one, first, tiles, head.sum(dtype=jnp.int32).reshape(1))
+def items_of(starts: Int[Array, " edges"], n_tiles: int, most: int) -> Items:
+    """Up to `most` of an expert's tiles are an item; expert e has those from starts[e] up to starts[e + 1] <= n_tiles.
+
+    Two launches: sums over all experts before are one, where a scan is several.
+    """
+    experts = len(starts) - 1
+    sizes = starts[1:] - starts[:-1]
+    earlier = jnp.tri(experts + 1, experts, -1, bool)
+    ends = jnp.where(earlier, -(-sizes // most), 0).sum(1, dtype=jnp.int32)
+    i = jnp.arange(min(n_tiles, n_tiles // most + experts), dtype=jnp.int32)[:, None]
+    mine = (ends[:-1] <= i) & (i < ends[1:])
+    done = most * (i - ends[:-1])  # tiles of an expert that items before have
+
+    def of_mine(a: Array) -> Array:
+        return jnp.where(mine, a, 0).sum(1, dtype=jnp.int32)
+
+    return Items(
+        expert=of_mine(jnp.arange(experts, dtype=jnp.int32)),
+        first=of_mine(starts[:-1] + done),
+        tiles=of_mine(jnp.minimum(sizes - done, most)),
+        starts=ends,
+    )
 
 
 @partial(jax.jit, static_argnames=("tile", "combine", "dtype", "permute", "widths", "ctas", "interpret"))
@@ -111,67 +125,196 @@ def grouped(
     x: Float[Array, "N D"],
     weights: Sequence[Weight],
     layer: Index,
-    expert_of_tile: Int[Array, " n_tiles"],
+    starts: Int[Array, " edges"],
     *,
     tile: int,
     biases: Sequence[Float[Array, "R E _"]] | None = None,
     combine: Callable[..., Array] | None = None,
     dtype: DTypeLike,
     permute: bool = False,
-    widths: tuple[int, ...] | None = None,
+    widths: tuple[int, ...] = tuple(range(ROWS, COLUMNS + 1, ROWS)),
     ctas: int = PROCESSORS,
     interpret: bool = False,
 ) -> Float[Array, "N F"]:
     """y = w[layer, e] x + bias[layer, e] for each tile of rows of x and its expert e, summed in f32.
 
     Of two weights [R, E, F, D], or of the two halves of the rows of one, it is combine(y, y). Where weights are packed,
-    x has to be `permuted`; with `permute` the result is. Tiles of an expert follow one another. Those whose expert is
-    none of 0 to E - 1 cost nothing, and their rows of the result are not defined. A row's bits depend neither on the
-    other rows nor on `tile` and `widths`.
+    x has to be `permuted`; with `permute` the result is. Expert e has the tiles from starts[e] up to starts[e + 1];
+    those behind the last one cost nothing, and their rows of the result are not defined. A row's bits depend neither on
+    the other rows nor on `tile` and `widths`.
 
     widths: how many rows of x a product takes: the fewest that hold an expert's tiles, or the most. ctas: that share
     the work. Raises NotImplementedError for what `beyond` names, ValueError for what does not fit together.
     """
-    _check(x, weights, expert_of_tile, tile, biases, combine, dtype, permute)
-    n = len(x)
-    experts, height = weights[0].shape[1:3]
-    packed = isinstance(weights[0], Packed)
-    offsets = [0] * len(weights)
-    if combine is not None and len(weights) == 1:
-        weights, height = [weights[0]] * 2, height // 2
-        biases, offsets = biases and [biases[0]] * 2, [0, height]
-    source = [
-        (_Codes if packed else _Plain)(w, first, x.dtype, interpret) for w, first in zip(weights, offsets, strict=True)
-    ]
-    steps, per = source[0].steps, source[0].chunks
-    widths = widths or tuple(range(ROWS, COLUMNS // len(weights) + 1, ROWS))
+    _check(x, weights, combine, 4)
+    if len(x) % tile or len(starts) != weights[0].shape[1] + 1:
+        raise ValueError(f"{len(x)} rows, {len(starts)} starts: no tiles of {tile} of {weights[0].shape[1]} experts")
     if tile % 16 or widths[-1] % tile:
         raise ValueError(f"{tile=} is no multiple of 16 that divides {widths[-1]}")
-    items = items_of(expert_of_tile, experts, widths[-1] // tile)
-    spans = -(-height // (COMPUTING * ROWS))
-    ctas = min(len(expert_of_tile) * spans, ctas)
-    piece, out_size = math.gcd(tile, PIECE), jnp.dtype(dtype).itemsize
-    room = SHARED - COMPUTING * OUTS * piece * ROWS * out_size
-    x_bytes, w_bytes = widths[-1] * CHUNK * x.dtype.itemsize, COMPUTING * sum(s.bytes for s in source)
-    w_stages = 2 if packed else room // (x_bytes + w_bytes)
+    if permute and jnp.dtype(dtype).itemsize != 2:
+        raise ValueError(f"results of {jnp.dtype(dtype)} are not permuted")
+    items = items_of(starts, len(x) // tile, widths[-1] // tile)
+    one = _Set.of(weights, combine, x.dtype, interpret)
+    options = {"tile": tile, "widths": widths, "combine": combine, "dtype": dtype, "permute": permute}
+    return _launch(x, [one], layer, items, [biases or ()], **options, ctas=ctas, interpret=interpret)[0]
+
+
+@partial(jax.jit, static_argnames=("combine", "dtype", "width", "ctas", "interpret"))
+def ungrouped(
+    x: Float[Array, "M D"],
+    sets: Sequence[Sequence[Weight]],
+    layer: Index,
+    *,
+    combine: Callable[..., Array] | None = None,
+    dtype: DTypeLike,
+    width: int | None = None,
+    ctas: int = PROCESSORS,
+    interpret: bool = False,
+) -> tuple[Float[Array, "M _"], ...]:
+    """y = w[layer] x for each set of one weight [R, F, D], in one launch, summed in f32; x in the order of its columns.
+
+    A set of two gives combine(y, y), as one does of the two halves of its rows. Each sum has the order of its row's
+    columns: a row's bits depend neither on how many rows there are, nor on the others, nor on `width`.
+
+    width: how many rows of x a product takes, 16 or a multiple of 32 up to 256; by default what `_width` finds. Raises
+    NotImplementedError for what `beyond` names, ValueError for what does not fit together.
+    """
+    for weights in sets:
+        _check(x, weights, combine, 3)
+    if why := beyond([w for weights in sets for w in weights]):
+        raise NotImplementedError(f"grouped: {why}")
+    if len({len(weights) for weights in sets}) > 1:
+        raise ValueError(f"sets of {[len(weights) for weights in sets]} weights are not alike")
+    if width is not None and ((width != 16 and width % PIECE) or width > COLUMNS):
+        raise ValueError(f"{width=} is neither 16 nor a multiple of {PIECE} up to {COLUMNS}")
+    m, made = len(x), [_Set.of(weights, combine, x.dtype, interpret) for weights in sets]
+    if isinstance(sets[0][0], Packed):
+        x = permuted(x)
+    width = width or _width(m, sum(one.spans for one in made), ctas)
+    x = jnp.pad(x, ((0, max(width - m, -m % 8)), (0, 0)))  # copies are of rows by 8
+    options = {"tile": width, "widths": (width,), "combine": combine, "dtype": dtype, "permute": False}
+    ys = _launch(x, made, layer, None, [()] * len(made), **options, ctas=ctas, interpret=interpret)
+    return tuple(y[:m] for y in ys)
+
+
+def _width(rows: int, spans: int, ctas: int) -> int:
+    """Which number of rows at once takes the least time, as CTAs go through items of so many times so many spans.
+
+    An item takes as long as its products, but not less than it takes to decode its weights, and some time to begin
+    and to end.
+    """
+
+    def time(width: int) -> tuple[int, int]:
+        items = -(-rows // width)
+        return -(-items * spans // ctas) * (max(width, DECODING) + ENDS), items
+
+    return min((16, *range(PIECE, COLUMNS + 1, PIECE)), key=time)
+
+
+@dataclass(frozen=True)
+class _Set:
+    """The weights of a result: one, of which a warpgroup has other rows than the next, or two with the same rows."""
+
+    sources: list[Any]
+    height: int  # rows of the result
+    step: int  # of these a CTA makes at once
+    apart: int  # rows of a weight from a warpgroup's to those of the next
+
+    @classmethod
+    def of(cls, weights: Sequence[Any], combine: Any, dtype: Any, interpret: bool) -> "_Set":
+        sources = [(_Codes if isinstance(w, Packed) else _Plain)(w, dtype, interpret) for w in weights]
+        rows = weights[0].shape[-2]
+        if combine is None:
+            return cls(sources, rows, COMPUTING * ROWS, ROWS)
+        height = rows * len(weights) // COMPUTING
+        return cls(sources, height, ROWS, rows - height)
+
+    @property
+    def spans(self) -> int:
+        return -(-self.height // self.step)
+
+    @property
+    def ring(self) -> str:
+        """What is alike where sets have their codes in the same memory."""
+        return ", ".join(one.name for one in self.sources)
+
+    def which(self, wg: int) -> int:
+        """The source of a warpgroup."""
+        return wg % len(self.sources)
+
+    @property
+    def bytes(self) -> int:
+        """Of a step."""
+        return sum(self.sources[self.which(wg)].bytes for wg in range(COMPUTING))
+
+    @property
+    def copies(self) -> int:
+        return sum(self.sources[self.which(wg)].copies for wg in range(COMPUTING))
+
+    def room(self, steps: int) -> list[Any]:
+        return [one.room(steps * COMPUTING // len(self.sources)) for one in self.sources]
+
+    def slot(self, smem: Sequence[Any], to: Any, which: int, wg: Any) -> Any:
+        """Where a warpgroup's rows of a step are in that room."""
+        return self.sources[which].slot(smem[which], to if len(self.sources) > 1 else to * COMPUTING + wg)
+
+
+def _launch(
+    x: Array,
+    sets: Sequence[_Set],
+    layer: Index,
+    items: Items | None,
+    biases: Sequence[Sequence[Array]],
+    *,
+    tile: int,
+    widths: tuple[int, ...],
+    combine: Callable[..., Array] | None,
+    dtype: DTypeLike,
+    permute: bool,
+    ctas: int,
+    interpret: bool,
+) -> tuple[Array, ...]:
+    """The products of x with each set. Without `items` all rows are one expert's, taken a tile at a time."""
+    n, source, most = len(x), sets[0].sources[0], widths[-1]
+    packed, steps, per = isinstance(source, _Codes), source.steps, source.chunks
+    spans, experts = sum(one.spans for one in sets), 1 if items is None else source.w.shape[1]
+    count = -(-n // most) if items is None else len(items.expert)
+    ctas = min(count * spans, ctas)
+    parts = 1 if combine is None else COMPUTING  # of a result, that warpgroups have
+    piece, out_size = math.gcd(tile, PIECE, most // parts), jnp.dtype(dtype).itemsize
+    rings = {one.ring: one for one in sets}
+    room = SHARED - COMPUTING * piece * ROWS * (OUTS * out_size + 4 * (parts - 1))
+    x_bytes, w_bytes = most * CHUNK * x.dtype.itemsize, sum(one.bytes for one in rings.values())
+    w_stages = room // (x_bytes + w_bytes)
+    if packed:  # steps of few columns are done soon: more of them have to be on their way
+        w_stages = 2 if most > ROWS else max(2, min(4, (room - 8 * x_bytes) // w_bytes))
     x_stages = min((room - w_stages * w_bytes) // x_bytes, 8)
 
-    def grouped_product(x_gmem, weights_gmem, biases_gmem, layer_gmem, items_gmem, out_gmem, *scratch):
-        x_smem, w_smem, out_smem, x_full, x_free, w_full, w_free, left_smem = scratch
+    def grouped_product(x_gmem, weights_gmem, biases_gmem, layer_gmem, items_gmem, *rest):
+        *outs_gmem, x_smem, w_smem, out_smem, x_full, x_free, w_full, w_free, spare_smem, met, left_smem = rest
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-        rings = (x_free, x_stages), (w_free, w_stages)
+        free = [(x_free, x_stages), *((one, w_stages) for one in w_free.values())]
 
         def over_items(one_item: Callable[..., None]) -> None:
-            """one_item(rows of x, the first of them, entry of the stack, its first row, steps before) for this CTA."""
-            mine = lax.div(items_gmem.number[0] * spans + (ctas - 1) - cta, ctas)
+            """one_item(set, rows of x, the first of them, entry of the stack, its first row, steps before) for all."""
+            number, before = count if items_gmem is None else items_gmem.starts[experts], 0
+            for s, one in enumerate(sets):  # a loop for each: several in one would need more registers
 
-            def visit(i: Array, _: None) -> None:
-                item, span = lax.div(i * ctas + cta, spans), lax.rem(i * ctas + cta, spans)
-                entry = layer_gmem[0] * experts + items_gmem.expert[item]
-                rows, token = items_gmem.tiles[item] * tile, items_gmem.first[item] * tile
-                one_item(rows, token, entry, span * COMPUTING * ROWS, i * steps)
+                def visit(i: Array, _: None, s: int = s, one: _Set = one, before: int = before) -> None:
+                    mine, entry = i * ctas + cta - before, layer_gmem[0]
+                    if items_gmem is None:  # CTAs that run together share what they can of the weights
+                        span, token = lax.div(mine, count), lax.rem(mine, count) * most
+                        rows = jnp.minimum(n - token, most)
+                    else:
+                        item, span = lax.div(mine, spans), lax.rem(mine, spans)
+                        entry = entry * experts + items_gmem.expert[item]
+                        rows, token = items_gmem.tiles[item] * tile, items_gmem.first[item] * tile
+                    one_item(s, rows, token, entry, span * one.step, i * steps)
 
-            lax.fori_loop(0, mine, visit, None)
+                after = before + number * one.spans
+                first, last = (lax.div(at + (ctas - 1) - cta, ctas) for at in (before, after))
+                lax.fori_loop(first, last, visit, None)
+                before = after
 
         def by_width(rows: Any, do: Callable[[int], None], among: tuple[int, ...] = widths) -> None:
             """do(width) for the least width that is enough."""
@@ -184,18 +327,21 @@ def grouped(
         def produce() -> None:
             plgpu.set_max_registers(REGISTERS[0], action="decrease")
 
-            def one_item(rows: Array, token: Array, entry: Array, row: Array, done: Array) -> None:
+            def one_item(s: int, rows: Array, token: Array, entry: Array, row: Array, done: Array) -> None:
+                one, ring = sets[s], sets[s].ring
+
                 def step(i: Array, _: None) -> None:
                     to = lax.rem(done + i, w_stages)
-                    plgpu.barrier_wait(w_free.at[to])
-                    for one, gmem, smem in zip(source, weights_gmem, w_smem, strict=True):
-                        for group in range(COMPUTING):
-                            here = one.slot(smem, to * COMPUTING + group)
-                            one.copy(gmem, here, w_full.at[to], entry, row + group * ROWS, i)
+                    plgpu.barrier_wait(w_free[ring].at[to])
+                    for group in range(COMPUTING):
+                        which = one.which(group)
+                        here, full = one.slot(w_smem[ring], to, which, group), w_full[ring].at[to]
+                        gmem, mine = weights_gmem[s][which], row + group * one.apart
+                        one.sources[which].copy(gmem, here, full, entry, mine, i)
                     for c in range(per):
                         to = lax.rem((done + i) * per + c, x_stages)
                         plgpu.barrier_wait(x_free.at[to])
-                        columns = pl.ds(source[0].start(i) + c * CHUNK, CHUNK)
+                        columns = pl.ds(source.start(i) + c * CHUNK, CHUNK)
 
                         def copy(most: int, to: Array = to, columns: Any = columns) -> None:
                             here = x_smem.at[to, pl.ds(0, most)]
@@ -206,156 +352,193 @@ def grouped(
                 lax.fori_loop(0, steps, step, None)
 
             over_items(one_item)
-            for free, stages in rings:
-                for s in range(stages):  # nothing may still arrive when the kernel ends
-                    plgpu.barrier_wait(free.at[s])
+            for ring, stages in free:
+                for stage in range(stages):  # nothing may still arrive when the kernel ends
+                    plgpu.barrier_wait(ring.at[stage])
 
         def compute() -> None:
             plgpu.set_max_registers(REGISTERS[1], action="increase")
-            for free, stages in rings:
-                for s in range(stages):
-                    plgpu.barrier_arrive(free.at[s])
+            for ring, stages in free:
+                for stage in range(stages):
+                    plgpu.barrier_arrive(ring.at[stage])
 
-            def one_item(rows: Array, token: Array, entry: Array, row: Array, done: Array) -> None:
-                row = row + wg * ROWS
+            def one_item(which: int, s: int, rows: Array, token: Array, entry: Array, row: Array, done: Array) -> None:
+                one, ring, source = sets[s], sets[s].ring, sets[s].sources[which]
+                mine = row + wg * one.apart
 
                 def release(i: Any, c: int) -> None:
                     chunk = (done + i) * per + c
                     plgpu.barrier_arrive(x_free.at[lax.rem(chunk, x_stages)])
                     if not packed:
-                        plgpu.barrier_arrive(w_free.at[lax.rem(chunk, w_stages)])
+                        plgpu.barrier_arrive(w_free[ring].at[lax.rem(chunk, w_stages)])
 
-                def products(*accs: Any) -> list[Array]:
-                    def step(i: Array, _: None) -> None:
+                def decoded(operand: Callable[[int], Array], c: int) -> Any:
+                    left = operand(c)
+                    plgpu.wgmma_wait(0)  # a product whose left operand is in registers runs alone
+                    if not interpret:
+                        return left
+                    left_smem[wg] = left  # from where the interpreter multiplies
+                    plgpu.commit_smem()
+                    return left_smem.at[wg]
+
+                def products(acc: Any) -> Array:
+                    gmem = weights_gmem[s][which]
+
+                    def numbers_of(i: Any) -> dict[str, Array]:
+                        """A step's scales, a step before; many columns leave no registers for them, nor a wait."""
+                        return source.numbers(gmem, entry, mine, i) if most <= COLUMNS // 2 else {}
+
+                    def step(i: Array, numbers: dict[str, Array]) -> dict[str, Array]:
+                        following = numbers_of(i + 1)
                         to = lax.rem(done + i, w_stages)
-                        plgpu.barrier_wait(w_full.at[to])
-                        operands = [
-                            one.operands(gmem, one.slot(smem, to * COMPUTING + wg), entry, row, i)
-                            for one, gmem, smem in zip(source, weights_gmem, w_smem, strict=True)
-                        ]
+                        plgpu.barrier_wait(w_full[ring].at[to])
+                        codes = one.slot(w_smem[ring], to, which, wg)
+                        operand = source.operands(gmem, codes, entry, mine, i, numbers)
                         for c in range(per):
                             slot = lax.rem((done + i) * per + c, x_stages)
+                            left = decoded(operand, c) if packed else operand
+                            plgpu.barrier_wait(x_full.at[slot])
 
-                            def multiply(lefts: Sequence[tuple], most: int, slot: Array = slot) -> None:
-                                for acc, left in lefts:
-                                    columns = pl.ds(0, most)
-                                    plgpu.wgmma(acc.at[:, columns], left, x_smem.at[slot, columns].T)
+                            def multiply(most: int, left: Any = left, slot: Array = slot) -> None:
+                                columns = pl.ds(0, most)
+                                plgpu.wgmma(acc.at[:, columns], left, x_smem.at[slot, columns].T)
 
-                            def decoded(operand: Callable[[int], Array], c: int = c) -> Any:
-                                left = operand(c)
-                                plgpu.wgmma_wait(0)  # a product whose left operand is in registers runs alone
-                                if not interpret:
-                                    return left
-                                left_smem[wg] = left  # from where the interpreter multiplies
-                                plgpu.commit_smem()
-                                return left_smem.at[wg]
-
-                            pairs = list(zip(accs, operands, strict=True))
-                            if packed:
-                                for b, (acc, operand) in enumerate(pairs):
-                                    left = decoded(operand)
-                                    if b == 0:
-                                        plgpu.barrier_wait(x_full.at[slot])
-                                    by_width(rows, partial(multiply, [(acc, left)]))
-                            else:
-                                plgpu.barrier_wait(x_full.at[slot])
-                                by_width(rows, partial(multiply, pairs))
-                                plgpu.wgmma_wait(len(accs))
+                            by_width(rows, multiply)
+                            if not packed:
+                                plgpu.wgmma_wait(1)
                             # The products of the chunk before are done.
                             pl.when(i > 0)(partial(release, i, -1)) if c == 0 else release(i, c - 1)
                         if packed:
                             plgpu.commit_smem()  # all codes are read that the next copy overwrites
-                            plgpu.barrier_arrive(w_free.at[to])
+                            plgpu.barrier_arrive(w_free[ring].at[to])
+                        return following
 
-                    lax.fori_loop(0, steps, step, None)
-                    return [acc[...] for acc in accs]
+                    lax.fori_loop(0, steps, step, numbers_of(jnp.int32(0)))
+                    return acc[...]
 
-                ys = pl.run_scoped(products, *(ACC((ROWS, widths[-1])) for _ in source))
+                y = pl.run_scoped(products, ACC((ROWS, most)))
                 release(steps, -1)
-                bias = [one.bias(gmem, entry, row) for one, gmem in zip(source, biases_gmem or (), strict=False)]
+                bias = source.bias(biases_gmem[s][which], entry, mine) if biases[s] else None
 
-                def store(first: int) -> None:
-                    part = [lax.slice(y, (0, first), (ROWS, first + piece)) for y in ys]
-                    if bias:
-                        part = [y + lax.broadcast_in_dim(b, y.shape, [0]) for y, b in zip(part, bias, strict=True)]
-                    y = part[0] if combine is None else combine(*part)
-                    here = out_smem.at[wg * OUTS + first // piece % OUTS]
-                    plgpu.wait_smem_to_gmem(OUTS - 1 if first else 0, wait_read_only=True)
+                def columns(first: int) -> Array:
+                    part = lax.slice(y, (0, first), (ROWS, first + piece))
+                    return part if bias is None else part + lax.broadcast_in_dim(bias, part.shape, [0])
+
+                def store(first: Any, k: int, y: Array) -> None:
+                    here = out_smem.at[wg * OUTS + k % OUTS]
+                    plgpu.wait_smem_to_gmem(OUTS - 1 if k else 0, wait_read_only=True)
                     y = plgpu.layout_cast(y.astype(dtype), TURNED)
                     here.T[...] = registers.permute_rows(y, interpret=interpret) if permute else y
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(here, out_gmem.at[pl.ds(token + first, piece), pl.ds(row, ROWS)])
+                    to = pl.ds(token + first, piece), pl.ds(mine if combine is None else row, ROWS)
+                    plgpu.copy_smem_to_gmem(here, outs_gmem[s].at[to])
 
-                for first in range(0, widths[-1], piece):
-                    pl.when(first < rows)(partial(store, first))
+                def meet() -> None:
+                    plgpu.barrier_arrive(met)
+                    plgpu.barrier_wait(met)
 
-            over_items(one_item)
+                def finish(first: int, k: int) -> None:
+                    store(first, k, columns(first))
+
+                def exchange(side: int, first: int, k: int) -> None:
+                    """The gate's warpgroup finishes the first of two pieces, the other one the second."""
+                    assert combine
+                    mine, given = first + side * piece, first + (1 - side) * piece
+                    spare_smem[side] = columns(given)
+                    meet()
+                    both = [columns(mine), plgpu.load(spare_smem.at[1 - side], layout=plgpu.Layout.WGMMA)]
+                    meet()
+                    y = combine(*both[:: 1 - 2 * side])
+                    pl.when(mine < rows)(partial(store, mine, k, y))
+
+                def end(do: Callable[[int, int], None]) -> None:
+                    for k, first in enumerate(range(0, most, parts * piece)):
+                        pl.when(first < rows)(partial(do, first, k))
+
+                if combine is None:
+                    end(finish)
+                elif len(one.sources) > 1:
+                    end(partial(exchange, which))
+                else:
+                    for side in range(COMPUTING):
+                        pl.when(wg == side)(partial(end, partial(exchange, side)))
+
+            for which in range(len(sets[0].sources)):
+                _when(len(sets[0].sources) == 1 or wg == which, partial(over_items, partial(one_item, which)))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         pl.when(wg == COMPUTING)(produce)
         pl.when(wg < COMPUTING)(compute)
 
+    def barriers(stages: int, arrivals: int) -> Any:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+
     return plgpu.kernel(
         grouped_product,
-        out_type=jax.ShapeDtypeStruct((n, height), dtype),
+        out_type=tuple(jax.ShapeDtypeStruct((n, one.height), dtype) for one in sets),
         grid=(ctas,),
         grid_names=("cta",),
         num_threads=COMPUTING + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((x_stages, widths[-1], CHUNK), x.dtype, transforms=tiled(CHUNK)),
-            [s.room(w_stages * COMPUTING) for s in source],
+            plgpu.SMEM((x_stages, most, CHUNK), x.dtype, transforms=tiled(CHUNK)),
+            {ring: one.room(w_stages) for ring, one in rings.items()},
             plgpu.SMEM((COMPUTING * OUTS, piece, ROWS), dtype, transforms=tiled(ROWS, bits=8 * out_size)),
-            plgpu.Barrier(num_barriers=x_stages),
-            plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=x_stages),
-            plgpu.Barrier(num_arrivals=COMPUTING * sum(s.copies for s in source), num_barriers=w_stages),
-            plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=w_stages),
+            barriers(x_stages, 1),
+            barriers(x_stages, COMPUTING),
+            {ring: barriers(w_stages, one.copies) for ring, one in rings.items()},
+            {ring: barriers(w_stages, COMPUTING) for ring in rings},
+            plgpu.SMEM((COMPUTING, ROWS, piece), jnp.float32, transforms=tiled(piece, bits=32)) if combine else None,
+            barriers(1, COMPUTING),
             plgpu.SMEM((COMPUTING, ROWS, CHUNK), x.dtype, transforms=tiled(CHUNK)) if packed and interpret else None,
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
     )(
         x,
-        [s.planes for s in source],
-        biases and [b.reshape(-1, b.shape[2]) for b in biases],
+        [[one.planes for one in some.sources] for some in sets],
+        [[b.reshape(-1, b.shape[-1]) for b in some] for some in biases],
         jnp.asarray(layer, jnp.int32).reshape(1),
         items,
     )
 
 
-def _check(
-    x: Any, weights: Any, expert_of_tile: Any, tile: int, biases: Any, combine: Any, dtype: Any, permute: bool
-) -> None:
+def _when(condition: Any, do: Callable[[], None]) -> None:
+    do() if condition is True else pl.when(condition)(do)
+
+
+def _check(x: Any, weights: Any, combine: Any, axes: int) -> None:
     shape, parts = weights[0].shape, 1 if combine is None else 2
-    if any(w.shape != shape for w in weights) or x.shape[1] != shape[3] or len(weights) not in (1, parts):
-        raise ValueError(f"{x.shape} and {[w.shape for w in weights]} make no product of {parts} parts")
+    if any(w.shape != shape or w.ndim != axes for w in weights) or x.shape[1] != shape[-1]:
+        raise ValueError(f"{[w.shape for w in weights]} are not alike, of {axes} axes, for x of {x.shape}")
+    if len(weights) not in (1, parts):
+        raise ValueError(f"{len(weights)} weights make no product of {parts} parts")
     if why := beyond(weights, parts // len(weights)):
         raise NotImplementedError(f"grouped: {why}")
     for w in weights:
         if x.dtype not in ((jnp.bfloat16, jnp.float16) if isinstance(w, Packed) else (w.dtype,)):
             raise ValueError(f"x is of {x.dtype}, a weight of {w.format.name if isinstance(w, Packed) else w.dtype}")
-    if len(x) != len(expert_of_tile) * tile:
-        raise ValueError(f"{len(x)} rows are not {len(expert_of_tile)} tiles of {tile}")
-    if permute and jnp.dtype(dtype).itemsize != 2:
-        raise ValueError(f"results of {jnp.dtype(dtype)} are not permuted")
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A stack, or half of its rows, from `first` on."""
+    """A stack [..., F, D]."""
 
     w: Any
-    first: int
     dtype: Any
     interpret: bool
 
+    @property
+    def name(self) -> str:
+        return self.w.format.name if isinstance(self.w, Packed) else str(self.w.dtype)
+
     def block(self, entry: Any, row: Any) -> Any:
         """Which 64 rows of all; those beyond a weight's last are not stored, and may be any."""
-        blocks = self.w.shape[2] // ROWS
-        return entry * blocks + jnp.minimum(lax.div(self.first + row, ROWS), blocks - 1)
+        blocks = self.w.shape[-2] // ROWS
+        return entry * blocks + jnp.minimum(lax.div(row, ROWS), blocks - 1)
 
     def bias(self, gmem: Any, entry: Any, row: Any) -> Float[Array, "64"]:
-        blocks = self.w.shape[2] // ROWS
+        blocks = self.w.shape[-2] // ROWS
         block = self.block(entry, row)
         here = gmem.at[lax.div(block, blocks), pl.ds(lax.rem(block, blocks) * ROWS, ROWS)]
         return plgpu.load(here, layout=ROW, optimized=False).astype(jnp.float32)
@@ -368,11 +551,11 @@ class _Plain(_Source):
 
     @property
     def planes(self) -> Array:
-        return self.w.reshape(-1, *self.w.shape[2:])
+        return self.w.reshape(-1, *self.w.shape[-2:])
 
     @property
     def steps(self) -> int:
-        return self.w.shape[3] // CHUNK
+        return self.w.shape[-1] // CHUNK
 
     @property
     def bytes(self) -> int:
@@ -388,11 +571,28 @@ class _Plain(_Source):
         return smem.at[to]
 
     def copy(self, gmem: Any, smem: Any, full: Any, entry: Any, row: Any, i: Any) -> None:
-        here = gmem.at[entry, pl.ds(self.first + row, ROWS), pl.ds(self.start(i), CHUNK)]
+        here = gmem.at[entry, pl.ds(row, ROWS), pl.ds(self.start(i), CHUNK)]
         plgpu.copy_gmem_to_smem(here, smem, full)
 
-    def operands(self, gmem: Any, smem: Any, entry: Any, row: Any, i: Any) -> Any:
+    def numbers(self, gmem: Any, entry: Any, row: Any, i: Any) -> dict[str, Array]:
+        return {}
+
+    def operands(self, gmem: Any, smem: Any, entry: Any, row: Any, i: Any, numbers: dict[str, Array]) -> Any:
         return smem
+
+
+class _Unit(units.Loaded):
+    """A step of packed rows; numbers that were `found` before are not loaded again."""
+
+    def __init__(self, *where: Any, found: dict[str, Array], interpret: bool):
+        super().__init__(*where, interpret=interpret)
+        self.found = dict(found)
+
+    def _load(self, plane: str, first: int, count: int | None, layout: Any) -> Array:
+        name = f"{plane} {first}"
+        if name not in self.found:
+            self.found[name] = super()._load(plane, first, count, layout)
+        return self.found[name]
 
 
 class _Codes(_Source):
@@ -410,7 +610,7 @@ class _Codes(_Source):
 
     @property
     def steps(self) -> int:
-        return -(-self.w.shape[3] // UNIT)
+        return -(-self.w.shape[-1] // UNIT)
 
     @property
     def bytes(self) -> int:
@@ -421,7 +621,7 @@ class _Codes(_Source):
         return len(self.tile.codes)
 
     def start(self, i: Any) -> Any:
-        return jnp.minimum(i * UNIT, self.w.shape[3] - UNIT)
+        return jnp.minimum(i * UNIT, self.w.shape[-1] - UNIT)
 
     def _at(self, entry: Any, row: Any, i: Any) -> tuple[Any, Any]:
         return self.block(entry, row), lax.div(self.start(i), RUN)
@@ -435,16 +635,29 @@ class _Codes(_Source):
     def copy(self, gmem: Any, smem: Any, full: Any, entry: Any, row: Any, i: Any) -> None:
         units.copy(gmem, smem, full, self.w.format, units.TALL, *self._at(entry, row, i))
 
-    def operands(self, gmem: Any, smem: Any, entry: Any, row: Any, i: Any) -> Callable[[int], Array]:
+    def _unit(self, gmem: Any, entry: Any, row: Any, i: Any, found: dict[str, Array]) -> _Unit:
+        place = self._at(entry, row, i)
+        return _Unit(gmem, self.w.format, units.TALL, *place, found=found, interpret=self.interpret)
+
+    def numbers(self, gmem: Any, entry: Any, row: Any, i: Any) -> dict[str, Array]:
+        """What the scales and offsets of a step are made of."""
+        unit = self._unit(gmem, entry, row, i, {})
+        for half in range(32 // self.tile.group):
+            self.tile.affine(unit, half)
+        return unit.found
+
+    def operands(
+        self, gmem: Any, smem: Any, entry: Any, row: Any, i: Any, numbers: dict[str, Array]
+    ) -> Callable[[int], Array]:
         """Each 64 elements of the 64 rows, as values."""
-        unit = units.Loaded(gmem, self.w.format, units.TALL, *self._at(entry, row, i), interpret=self.interpret)
+        unit = self._unit(gmem, entry, row, i, numbers)
         unit.take(smem)
         narrow = self.tile.group == 16
 
         @cache
         def affine(half: int) -> tuple[Array, Array | None]:
             found = self.tile.affine(unit, half)
-            if self.w.shape[3] % UNIT == 0:
+            if self.w.shape[-1] % UNIT == 0:
                 return found
             column = plgpu.broadcasted_iota(jnp.int32, (16, 4, 8), 2, layout=SUMS)
             run = lax.div(self.start(i), RUN) + 4 * (column & 1) + (column >> 1)

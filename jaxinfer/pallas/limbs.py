@@ -1,10 +1,12 @@
 """Activations as integers of two signed 8-bit limbs, a scale for each run of 32, for products on int8 tensor cores.
 
-A warpgroup makes a few runs. Where there is a norm, it adds up the squares of the whole row for itself, in an order
-that is given by the row's length, which takes less time than another launch.
+A warpgroup makes a few runs at a time, in a launch or within the product that takes them. Where there is a norm, it
+adds up the squares of the whole row for itself, in an order that is given by the row's length, which takes less time
+than another launch.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +25,7 @@ from jaxinfer.tree import Index, pytree
 RUN, PART = 32, 16  # elements of a scale, of a sum
 BITS, LEAST = 13, -100  # the exponent of the largest integer of a run; the least exponent of a scale
 ROUND = 1.5 * 2**23  # added to an f32 it leaves the nearest integer, to even, in the last bits
-WHOLE, MOST, THREADS = 64, 512, 128  # what divides a row; elements of a CTA, at most; its threads
+WHOLE, MOST, THREADS = 64, 512, 128  # what divides a row; elements of a part, at most; threads that make it
 
 
 @pytree
@@ -66,6 +68,73 @@ def _scale(largest: Int[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, 
     return jnp.where(exponent == 255, jnp.nan, scale), inverse
 
 
+class Row:
+    """How a warpgroup makes the limbs of a row of D elements, a part of it at a time, inside a kernel."""
+
+    def __init__(self, width: int, dtype: Any):
+        self.width, self.dtype, size = width, dtype, math.gcd(width, MOST)
+        self.parts, self.runs = width // size, size // RUN
+        self.shape = self.runs, 2, 4, 4  # of a part: run, half of it, word, byte
+        vector = max(size // THREADS, 1)
+        # Two warps make the same where a part has two runs only.
+        warps = (-8,) if self.runs > 2 else (-8, Replicated(2))
+        tiles = [self.shape, (max(self.runs // 4, 1), 2, 4, vector)]
+        self.layout = registers.layout(tiles, warps, (-4, -3, -2, -5))
+        if width % THREADS:  # each warp has the whole row
+            self.whole = registers.layout([(size,), (size // 32,)], (Replicated(4),), (-2,))
+        else:
+            vector = math.gcd(width // THREADS, 16 // jnp.dtype(dtype).itemsize)
+            self.whole = plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
+
+    def view(self, x: Float[Array, "n D"]) -> Float[Array, "n r 2 4 4"]:
+        return x.reshape(len(x), -1, *self.shape[1:])
+
+    def here(self, part: Any) -> Any:
+        return pl.ds(part * self.runs, self.runs)
+
+    def load(self, ref: Any, part: Any) -> Float[Array, "r 2 4 4"]:
+        """Of a row as it is viewed."""
+        return plgpu.load(ref.at[self.here(part)], layout=self.layout, optimized=False)
+
+    def inverse_rms(self, ref: Any, eps: float) -> Float[Array, ""]:
+        """Of a row [D]."""
+        row = plgpu.load(ref, layout=self.whole, optimized=False).astype(jnp.float32)
+        return lax.rsqrt((row * row).sum() * (1 / self.width) + eps)
+
+    def make(
+        self,
+        part: Any,
+        x: Array,
+        rms: Array | None,
+        weight: Array | None,
+        out: Limbs,
+        write: Callable[[Any, Array, Any], None] = lambda ref, value, layout: registers.store(ref, value),
+    ) -> None:
+        """Limbs of a part that was loaded, with its norm's weight, for the refs [r, 2, 2, 4], [r], [r, 2] of a row.
+
+        They are written by write(ref, value, its layout).
+        """
+        y = x.astype(jnp.float32)
+        if rms is not None:
+            y = y * rms
+            y = (y if weight is None else y * weight.astype(jnp.float32)).astype(self.dtype).astype(jnp.float32)
+        scale, inverse = _scale(_bits(jnp.abs(y).max(axis=3).max(axis=2).max(axis=1)))
+        bits = _bits(y * self._across(inverse, 4) + ROUND)
+        shift = plgpu.broadcasted_iota(jnp.int32, self.shape, 3, layout=self.layout) << 3
+        here = self.here(part)
+        for limb, limb_bits in enumerate(((bits + 128) >> 8, bits)):
+            write(out.codes.at[here, :, limb], ((limb_bits & 255) << shift).sum(axis=3), self.layout.reduce((3,)))
+        n = bits - _bits(jnp.float32(ROUND))
+        sums = n.sum(axis=3).sum(axis=2).astype(jnp.float32) * self._across(scale, 2)
+        write(out.scale.at[here], scale, self.layout.reduce((1, 2, 3)))
+        write(out.sums.at[here], sums, self.layout.reduce((2, 3)))
+
+    def _across(self, run: Array, dims: int) -> Array:
+        """A run's number for each of its elements, or halves."""
+        out = lax.broadcast_in_dim(run, self.shape[:dims], [0])
+        return plgpu.layout_cast(out, self.layout.reduce(tuple(range(dims, 4))))
+
+
 @partial(jax.jit, static_argnames=("eps", "interpret"))
 def limbs(
     x: Float[Array, "M D"],
@@ -77,55 +146,20 @@ def limbs(
 ) -> Limbs:
     """`limbs_reference` in one launch for sm_80, 89 and 90; a row's bits do not depend on the others.
 
-    Raises NotImplementedError where D is no multiple of 64, ValueError for a norm without eps.
+    Raises what `check` does.
     """
+    check(x, norm, eps)
     m, width = x.shape
-    if width % WHOLE:
-        raise NotImplementedError(f"limbs: rows of {width} are no multiple of {WHOLE}")
-    if norm is not None and eps is None:
-        raise ValueError("a norm needs its eps")
-    own = math.gcd(width, MOST)
-    runs, vector = own // RUN, max(own // THREADS, 1)
-    shape = (runs, 2, 4, 4)  # of a CTA's elements: run, half of it, word, byte
-    warps = (-8,) if runs > 2 else (-8, Replicated(2))  # two warps make the same where there are only two runs
-    layout = registers.layout([shape, (max(runs // 4, 1), 2, 4, vector)], warps, (-4, -3, -2, -5))
-    strided = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // THREADS, 16 // x.dtype.itemsize))
-    if width % THREADS:  # each warp has the whole row
-        strided = registers.layout([(own,), (own // 32,)], (Replicated(4),), (-2,))
+    row, r = Row(width, x.dtype), width // RUN
 
-    def make_limbs(layer_gmem, x_gmem, row_gmem, norm_gmem, codes_gmem, scale_gmem, sums_gmem):
-        token = lax.axis_index("token")
-        mine = pl.ds(lax.axis_index("part") * runs, runs)
+    def make_limbs(layer_gmem, view_gmem, x_gmem, norm_gmem, codes_gmem, scale_gmem, sums_gmem):
+        token, part = lax.axis_index("token"), lax.axis_index("part")
+        y = row.load(view_gmem.at[token], part)
+        rms = None if eps is None else row.inverse_rms(x_gmem.at[token], eps)
+        weight = None if norm_gmem is None else row.load(norm_gmem.at[layer_gmem[0]], part)  # last: it waits for layer
+        out = Limbs(codes_gmem.at[token], scale_gmem.at[token], sums_gmem.at[token])
+        row.make(part, y, rms, weight, out)
 
-        def load(ref: Any) -> Array:
-            return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
-
-        def across(run: Array, dims: int) -> Array:
-            """A run's number for each of its elements, or parts."""
-            out = lax.broadcast_in_dim(run, shape[:dims], [0])
-            return plgpu.layout_cast(out, layout.reduce(tuple(range(dims, 4))))
-
-        layer = layer_gmem[0]
-        y = load(x_gmem.at[token, mine])
-        if eps is not None:
-            row = plgpu.load(row_gmem.at[token], layout=strided, optimized=False)
-            weight = None if norm_gmem is None else load(norm_gmem.at[layer, mine])  # last, as it waits for the layer
-            row = row.astype(jnp.float32)
-            y = y * lax.rsqrt((row * row).sum() * (1 / width) + eps)
-            y = (y if weight is None else y * weight).astype(x.dtype).astype(jnp.float32)
-        scale, inverse = _scale(_bits(jnp.abs(y).max(axis=3).max(axis=2).max(axis=1)))
-        bits = _bits(y * across(inverse, 4) + ROUND)
-        shift = plgpu.broadcasted_iota(jnp.int32, shape, 3, layout=layout) << 3
-        for limb, limb_bits in enumerate(((bits + 128) >> 8, bits)):
-            codes_gmem[token, mine, :, limb] = ((limb_bits & 255) << shift).sum(axis=3)
-        n = bits - _bits(jnp.float32(ROUND))
-        scale_gmem[token, mine] = scale
-        sums_gmem[token, mine] = n.sum(axis=3).sum(axis=2).astype(jnp.float32) * across(scale, 2)
-
-    def view(a: Array | None) -> Array | None:
-        return None if a is None else a.reshape(len(a), -1, *shape[1:])
-
-    r = width // RUN
     codes, scale, sums = plgpu.kernel(
         make_limbs,
         out_type=[
@@ -133,9 +167,17 @@ def limbs(
             jax.ShapeDtypeStruct((m, r), jnp.float32),
             jax.ShapeDtypeStruct((m, r, 2), jnp.float32),
         ],
-        grid=(m, width // own),
+        grid=(m, row.parts),
         grid_names=("token", "part"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
-    )(jnp.asarray(layer, jnp.int32).reshape(1), view(x), x, view(norm))
+    )(jnp.asarray(layer, jnp.int32).reshape(1), row.view(x), x, None if norm is None else row.view(norm))
     return Limbs(codes.reshape(m, 2 * r, 2, 4), scale, sums.reshape(m, 2 * r))
+
+
+def check(x: Float[Array, "M D"], norm: Float[Array, "R D"] | None, eps: float | None) -> None:
+    """Raises NotImplementedError where D is no multiple of 64, ValueError for a norm without eps."""
+    if x.shape[1] % WHOLE:
+        raise NotImplementedError(f"limbs: rows of {x.shape[1]} are no multiple of {WHOLE}")
+    if norm is not None and eps is None:
+        raise ValueError("a norm needs its eps")

@@ -1,14 +1,15 @@
 """Products of a few tokens with packed weights, at the speed of memory (Hopper).
 
 A warpgroup multiplies 16 rows of a weight, whose units of 256 elements its four warps share; or 64 rows, of which each
-warp has 16, where rows are short or end within a unit. TMA copies codes ahead of it as the file has them. The tensor
+warp has 16, where rows are short or end within a unit. It stays for several such tiles. TMA copies codes ahead of it as
+the file has them, over the ends of tiles, and scales are loaded a step ahead into registers. The tensor
 cores multiply them with activations as two limbs of 8 bits, so that all sums within a group are exact. The 8 columns of
 a product are both limbs of 4 groups: the codes of a group meet those of the other three in vain, but a scale is then
 applied once a unit, by one thread. Every token has products of its own: its bits do not depend on the others.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.pallas import registers
-from jaxinfer.pallas.limbs import RUN, WHOLE, Limbs
+from jaxinfer.pallas.limbs import RUN, WHOLE, Limbs, Row, check, limbs
 from jaxinfer.pallas.registers import COLUMNS, COUPLES, HEADS, LIMBS, SUMS, Sums
 from jaxinfer.pallas.tiles import TILES, UNIT
 from jaxinfer.pallas.units import TALL, WIDE, Loaded, Step, copy, load, room, views
@@ -29,9 +30,12 @@ from jaxinfer.quants import Format, Packed
 from jaxinfer.tree import Index
 
 WARPS, GROUPS, RUNS = 4, 8, UNIT // RUN  # warps of a warpgroup, groups of a unit or of its half, runs of a unit
-# Steps in shared memory, at most: more CTAs on a multiprocessor hide what more would, but for short rows there are few.
-STAGES = {WIDE: 2, TALL: 4}
+STAGES = 2, 4  # steps in shared memory, at least and at most
+PLACES, MEMORY = 4, 220 * 2**10  # warpgroups of a multiprocessor, and its shared memory
 TOKENS = 4  # that share the reading of codes; more are other CTAs'
+# Where rows are no wider, and reading them and their norm once a tile is no more bytes, CTAs make the limbs of their
+# row themselves while their first codes arrive: 1.6 us for q, k, v of 4096 columns, where a launch before takes 2.3.
+WIDEST, OWN = 2**13, 10 * 2**20
 PROCESSORS = 132  # of an H100 or H200
 PARTIAL = SUMS.reduce((1, 2))
 
@@ -54,21 +58,27 @@ def _step(width: int) -> Step:
     return WIDE if width % UNIT == 0 and width >= WARPS * UNIT else TALL
 
 
-@partial(jax.jit, static_argnames=("combine", "dtype", "warpgroups", "interpret"))
+@partial(jax.jit, static_argnames=("eps", "combine", "dtype", "warpgroups", "ctas", "interpret"))
 def product(
-    x: Limbs,
+    x: Limbs | Float[Array, "M D"],
     weights: Sequence[Sequence[Packed]],
     layer: Index,
     *,
+    norm: Float[Array, "R D"] | None = None,
+    eps: float | None = None,
     experts: Int[Array, " C"] | None = None,
     biases: Sequence[Sequence[Float[Array, "..."]]] | None = None,
     combine: Callable[..., Array] | None = None,
     residual: Float[Array, "C F"] | None = None,
     dtype: DTypeLike,
     warpgroups: int | None = None,
+    ctas: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "C _"], ...]:
     """y = w[layer] x for the limbs of M = C tokens and each w [R, F, D], in one launch, summed in f32.
+
+    Limbs of activations, which are normed before if there is an eps (see limbs.py), are made by each CTA for itself
+    where they are few and have one token each, else by a launch before.
 
     A set of several weights of equal shapes gives one result, combine(y, ...). A single one gives y or, where there is
     something to combine, combine(first half of y, second half). `biases` [R, F], one for each weight, are added to its
@@ -77,9 +87,11 @@ def product(
     With `experts`, weights are [R, E, F, D] and biases [R, E, F], and each of a token's A = C / M choices is a row:
     y[c] = w[layer, experts[c]] x[c // A]. Where there is no such expert nothing is read, and combined results are 0.
 
+    As many CTAs as there is room for share the tiles of rows, or as many as `ctas`, for each token or few.
+
     Raises NotImplementedError for weights that are `beyond` the kernel, ValueError for shapes that do not fit.
     """
-    m, axes = len(x.codes), 3 if experts is None else 4
+    m, axes = len(x.codes if isinstance(x, Limbs) else x), 3 if experts is None else 4
     c = m if experts is None else len(experts)
     if c % m:
         raise ValueError(f"{c} choices are no multiple of {m} tokens")
@@ -94,16 +106,36 @@ def product(
     width = weights[0][0].shape[-1]
     step = _step(width)
     steps = -(-width // (step.units * UNIT))
-    if warpgroups is None:
-        few = experts is None and sum(heights) <= 2 * PROCESSORS * step.rows
-        warpgroups = 2 if few and step == WIDE and width >= 2 * WARPS * UNIT else 1
-    depth = min(STAGES[step], steps)
     tokens = min(m, TOKENS) if experts is None else 1  # of a CTA
+    tiles, row = sum(heights) // step.rows, None
+    if warpgroups is None:
+        few = experts is None and tiles <= 2 * PROCESSORS and eps is None  # one makes a norm's sum of squares
+        warpgroups = 2 if few and step == WIDE and width >= 2 * WARPS * UNIT else 1
+    if ctas is None:
+        ctas = -(-PLACES * PROCESSORS // (warpgroups * -(-c // tokens)))
+    each_tiles = -(-tiles // ctas)
+    ctas = -(-tiles // each_tiles)  # of which the last may have fewer
+    given: Any = x
+    if not isinstance(x, Limbs):
+        check(x, norm, eps)
+        if tokens == 1 and c * tiles * width * (2 if norm is None else 6) <= OWN and width <= WIDEST:
+            row = Row(width, x.dtype)
+            given = row.view(x), x, None if norm is None else row.view(norm)
+        else:
+            given = limbs(x, norm, layer, eps, interpret=interpret)
+    each_weight = [[w for w in one for _ in range(n)] for one, n in zip(weights, parts, strict=True)]
+    sizes = [
+        step.rows * step.units * size for one in each_weight for w in one for _, size in TILES[w.format.name].codes
+    ]
+    free = MEMORY * warpgroups // PLACES - (3 * width if row else 0)
+    depth = min(max(free // (warpgroups * sum(sizes)), STAGES[0]), STAGES[1], steps * each_tiles)
     pad = -c % tokens
     if pad:
-        x, residual = jax.tree.map(lambda a: jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))), (x, residual))
+        given, residual = jax.tree.map(lambda a: jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))), (given, residual))
+    if row is None:
+        given = _views(given, len(given.codes), step, width)
     of_tile, row_layout = ((WARPS, 16), HEADS) if step == TALL else ((16,), PARTIAL)
-    given, planes = _views(x, step, width), [[views(w, step) for w in one] for one in weights]
+    planes = [[views(w, step) for w in one] for one in weights]
     biases = [[b.reshape(-1, *of_tile) for b in one] for one in biases or ()]
     if residual is not None:
         residual = residual.reshape(c + pad, -1, *of_tile)
@@ -112,88 +144,139 @@ def product(
         """Those of a tile, as in `row_layout`."""
         return ref.at[index].transpose((1, 0)) if step == TALL else ref.at[index]
 
+    def make_limbs(row: Row, wg: Any, layer: Any, token: Any, given_gmem: Any, out: Limbs, met: Any) -> None:
+        """The parts of a row are dealt to warpgroups; all is loaded before any of it is needed."""
+        view_gmem, row_gmem, norm_gmem = given_gmem
+        parts = [wg + warpgroups * i for i in range(-(-row.parts // warpgroups))]
+        there = [jnp.minimum(part, row.parts - 1) for part in parts] if warpgroups > 1 else parts
+        xs = [row.load(view_gmem.at[token], part) for part in there]
+        rms = None if eps is None else row.inverse_rms(row_gmem.at[token], eps)
+        ws = [None if norm_gmem is None else row.load(norm_gmem.at[layer], part) for part in there]
+        for part, x, w in zip(parts, xs, ws, strict=True):
+            one = partial(row.make, part, x, rms, w, out, partial(registers.write, interpret=interpret))
+            if row.parts % warpgroups and part is parts[-1]:
+                pl.when(part < row.parts)(one)
+            else:
+                one()
+        registers.meet(interpret=interpret)
+        if warpgroups > 1:
+            plgpu.barrier_arrive(met)
+            plgpu.barrier_wait(met)
+
     def few_products(layer_gmem, experts_gmem, given_gmem, planes_gmem, biases_gmem, residual_gmem, *rest):
-        *outs_gmem, smem, full, met, sums_smem = rest
-        tile, first = lax.axis_index("tile"), lax.axis_index("row") * tokens
+        *outs_gmem, smem, full, met, sums_smem, made_smem = rest
+        cta, first = lax.axis_index("cta"), lax.axis_index("row") * tokens
         wg = lax.axis_index("wg") if warpgroups > 1 else 0
-        stack, own, chosen = layer_gmem[0], lax.div(steps - 1 - wg, warpgroups) + 1, True
+        stack, own_steps, chosen = layer_gmem[0], lax.div(steps - 1 - wg, warpgroups) + 1, True
         if experts is not None:
             expert, count = experts_gmem[first], weights[0][0].shape[1]
             chosen = (expert >= 0) & (expert < count)
-            stack, own = stack * count + jnp.where(chosen, expert, 0), jnp.where(chosen, own, 0)
+            stack, own_steps = stack * count + jnp.where(chosen, expert, 0), jnp.where(chosen, own_steps, 0)
         token = lax.div(first, jnp.int32(c // m))
-        share = _Share(step, width, given_gmem, token, tokens, own, wg, warpgroups, depth, interpret)
+        share = _Share(step, width, given_gmem, token, tokens, own_steps, wg, warpgroups, depth, interpret)
 
-        def one_set(i: int, mine: Array) -> None:
-            n, tiles = parts[i], heights[i] // step.rows
-            each = [(j, (stack * n + part) * tiles + mine) for j in range(len(weights[i])) for part in range(n)]
-            work = [
-                _Rows(share, weights[i][j].format, planes_gmem[i][j], here, ready, at)
-                for (j, at), here, ready in zip(each, smem[i], full[i], strict=True)
+        def work(share: _Share, i: int) -> list[_Rows]:
+            """Of each weight of a set the tiles that this CTA has."""
+            n, height, before = parts[i], heights[i] // step.rows, sum(heights[:i]) // step.rows
+            start, stop = (jnp.clip((cta + end) * each_tiles - before, 0, height) for end in (0, 1))
+            each = [
+                (w, (stack * n + part) * height, p)
+                for w, p in zip(weights[i], planes_gmem[i], strict=True)
+                for part in range(n)
             ]
-            for one in work:
-                one.start()
-            for k, one in enumerate(work):
-                for t, y in enumerate(one.sums()):
-                    sums_smem[k, wg, t] = y.sum(axis=2)
-            plgpu.commit_smem()
+            return [
+                _Rows(share, w.format, p, here, ready, base, start, stop)
+                for (w, base, p), here, ready in zip(each, smem[i], full[i], strict=True)
+            ]
 
+        def one_set(i: int) -> None:
+            many = work(share, i)
+
+            def one_tile(tile: Array, raw: list[list[Array]]) -> list[list[Array]]:
+                raw, buffer = list(raw), lax.rem(tile, 2)
+                for k, one in enumerate(many):
+                    ys, raw[k] = one.sums(tile, raw[k])
+                    for t, y in enumerate(ys):
+                        sums_smem[buffer, k, wg, t] = y.sum(axis=2)
+                registers.meet(interpret=interpret)
+                if warpgroups > 1:
+                    plgpu.barrier_arrive(met)
+                    plgpu.barrier_wait(met)
+                pl.when(wg == 0)(partial(finish, i, tile, buffer, [one.base + tile for one in many]))
+                return raw
+
+            lax.fori_loop(many[0].start, many[0].stop, one_tile, [one.ahead(one.start, 0) for one in many])
+
+        def finish(i: int, tile: Array, buffer: Array, entries: list[Array]) -> None:
             def total(k: int, t: int) -> Array:
                 warps = [()] if step == TALL else [(slice(None), w) for w in range(WARPS)]
-                found = [load(sums_smem.at[(k, g, t, *w)], layout=row_layout) for g in range(warpgroups) for w in warps]
-                y, (j, at) = sum(found[1:], found[0]), each[k]
-                return y + load(rows(biases_gmem[i][j], at), layout=row_layout).astype(jnp.float32) if biases else y
+                places = [(buffer, k, g, t, *w) for g in range(warpgroups) for w in warps]
+                found = [load(sums_smem.at[place], layout=row_layout) for place in places]
+                y = sum(found[1:], found[0])
+                if not biases:
+                    return y
+                return y + load(rows(biases_gmem[i][k // parts[i]], entries[k]), layout=row_layout).astype(jnp.float32)
 
-            def finish() -> None:
-                for t in range(tokens):
-                    where, ys = (first + t, mine), [total(k, t) for k in range(len(work))]
-                    y = ys[0] if combine is None else combine(*ys)
-                    if experts is not None:
-                        y = jnp.where(chosen, y, 0.0)
-                    if residual is not None:
-                        y = y + load(rows(residual_gmem, *where), layout=row_layout).astype(jnp.float32)
-                    rows(outs_gmem[i], *where)[...] = y.astype(dtype)
+            for t in range(tokens):
+                where, ys = (first + t, tile), [total(k, t) for k in range(len(entries))]
+                y = ys[0] if combine is None else combine(*ys)
+                if experts is not None:
+                    y = jnp.where(chosen, y, 0.0)
+                if residual is not None:
+                    y = y + load(rows(residual_gmem, *where), layout=row_layout).astype(jnp.float32)
+                registers.store(rows(outs_gmem[i], *where), y.astype(dtype))
 
-            if warpgroups > 1:
-                plgpu.barrier_arrive(met)
-                pl.when(wg == 0)(lambda: plgpu.barrier_wait(met))
-            pl.when(wg == 0)(finish)
-
-        before = 0
-        for i, height in enumerate(heights):
-            mine = tile - before
-            pl.when((mine >= 0) & (mine < height // step.rows))(partial(one_set, i, mine))
-            before += height // step.rows
+        for i in range(len(weights)):
+            for one in work(share, i):
+                one.begin()
+        if row is not None:
+            make_limbs(row, wg, layer_gmem[0], token, given_gmem, Limbs(*made_smem), met)
+            made = Limbs(*(registers.readable(ref, interpret=interpret) for ref in made_smem))
+            share = replace(share, given=_views(made, 1, step, width), first_token=0)
+        for i in range(len(weights)):
+            one_set(i)
 
     def barriers(w: Packed) -> Any:
         return plgpu.Barrier(num_arrivals=len(TILES[w.format.name].codes), num_barriers=warpgroups * depth)
 
-    entries = [[w for w in one for _ in range(n)] for one, n in zip(weights, parts, strict=True)]
+    runs = width // RUN
+    limbs_room: Any = [((runs, 2, 2, 4), jnp.int32), ((runs,), jnp.float32), ((runs, 2), jnp.float32)] if row else []
     outs = plgpu.kernel(
         few_products,
         out_type=tuple(jax.ShapeDtypeStruct((c + pad, n // step.rows, *of_tile), dtype) for n in heights),
-        grid=((c + pad) // tokens, sum(heights) // step.rows),
-        grid_names=("row", "tile"),
+        grid=((c + pad) // tokens, ctas),
+        grid_names=("row", "cta"),
         **({"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}),
         scratch_types=[
-            [[room(w, step, warpgroups * depth) for w in one] for one in entries],
-            [[barriers(w) for w in one] for one in entries],
+            [[room(w, step, warpgroups * depth) for w in one] for one in each_weight],
+            [[barriers(w) for w in one] for one in each_weight],
             plgpu.Barrier(num_arrivals=warpgroups),
-            plgpu.SMEM((max(map(len, entries)), warpgroups, tokens, 16, WARPS), jnp.float32),
+            plgpu.SMEM((2, max(map(len, each_weight)), warpgroups, tokens, 16, WARPS), jnp.float32),
+            [plgpu.SMEM(*one) for one in limbs_room],
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
-    )(jnp.asarray(layer, jnp.int32).reshape(1), experts, given, planes, biases, residual)
+    )(
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        experts,
+        given,
+        planes,
+        biases,
+        residual,
+    )
     return tuple(o.reshape(c + pad, -1)[:c] for o in outs)
 
 
-def _views(x: Limbs, step: Step, width: int) -> dict[int, Any]:
-    """Scales, and codes and sums by groups of 16 and of 32: of a token, or of each of its units that warps share."""
-    lead = (len(x.codes),) if step == TALL else (len(x.codes), width // UNIT)
+def _views(x: Limbs, m: int, step: Step, width: int) -> dict[int, Any]:
+    """Scales, and codes and sums by groups of 16 and of 32: of a token, or of each of its units that warps share.
+
+    Of arrays, or of refs.
+    """
+    lead, runs = ((m,), width // RUN) if step == TALL else ((m, width // UNIT), RUNS)
     return {
-        0: x.scale.reshape(*lead, -1),
-        16: [a.reshape(*lead, -1, *a.shape[2:]) for a in (x.codes, x.sums)],
-        32: [a.reshape(*lead, -1, 2, *a.shape[2:]) for a in (x.codes, x.sums)],
+        0: x.scale.reshape(*lead, runs),
+        16: [x.codes.reshape(*lead, 2 * runs, 2, 4), x.sums.reshape(*lead, 2 * runs)],
+        32: [x.codes.reshape(*lead, runs, 2, 2, 4), x.sums.reshape(*lead, runs, 2)],
     }
 
 
@@ -215,52 +298,83 @@ class _Share:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A tile of rows of a weight, times the tokens."""
+    """Tiles of rows of a weight, from one to before another, times the tokens."""
 
     share: _Share
     form: Format
     planes: dict[str, Any]
     smem: dict[str, Any]
     full: Any
-    tile: Any
+    base: Any  # the first tile of the layer, or of its expert
+    start: Any
+    stop: Any
 
-    def _place(self, i: Any) -> tuple[Any, Any, Any]:
-        """The run that the i-th step is for, the one that it begins with lest it passes the end, and its slot."""
+    def _run(self, i: Any) -> tuple[Any, Any]:
+        """The run that a tile's i-th step is for, and the one that it begins with lest it passes the end."""
         s = self.share
         runs = RUNS * s.step.units
         begin = (s.wg + i * s.warpgroups) * runs
-        return begin, jnp.minimum(begin, s.width // RUN - runs), s.wg * s.depth + lax.rem(i, s.depth)
+        return begin, jnp.minimum(begin, s.width // RUN - runs)
 
-    def _slot(self, slot: Any) -> dict[str, Any]:
+    def _slot(self, n: Any) -> Any:
+        return self.share.wg * self.share.depth + lax.rem(n, self.share.depth)
+
+    def _room(self, slot: Any) -> dict[str, Any]:
         return {name: ref.at[slot] for name, ref in self.smem.items()}
 
-    def _copy(self, i: Any) -> None:
-        _, run, slot = self._place(i)
-        copy(self.planes, self._slot(slot), self.full.at[slot], self.form, self.share.step, self.tile, run)
+    def _copy(self, n: Any) -> None:
+        """Begins to copy the n-th step of all tiles, if there is one."""
+        s, slot = self.share, self._slot(n)
 
-    def start(self) -> None:
-        for i in range(self.share.depth):
-            pl.when(i < self.share.steps)(partial(self._copy, jnp.int32(i)))
+        @pl.when(n < s.steps * (self.stop - self.start))
+        def _() -> None:
+            tile, i = self.start + lax.div(n, s.steps), lax.rem(n, s.steps)
+            _, run = self._run(i)
+            copy(self.planes, self._room(slot), self.full.at[slot], self.form, s.step, self.base + tile, run)
 
-    def sums(self) -> list[Sums]:
-        """Each token's sums of every row, warp and column."""
-        s, tile, interpret = self.share, TILES[self.form.name], self.share.interpret
-        shape, narrow = (16, WARPS, GROUPS), tile.group == 16
+    def begin(self) -> None:
+        for n in range(self.share.depth):
+            self._copy(jnp.int32(n))
+
+    def _loaded(self, tile: Any, i: Any, raw: Sequence[Array] = ()) -> Loaded:
+        _, run = self._run(i)
+        return Loaded(
+            self.planes, self.form, self.share.step, self.base + tile, run, raw=raw, interpret=self.share.interpret
+        )
+
+    def _affine(self, unit: Loaded) -> list[Any]:
+        tile = TILES[self.form.name]
+        return [tile.affine(unit, half) for half in range(2 if tile.group == 16 else 1)]
+
+    def ahead(self, tile: Any, i: Any) -> list[Array]:
+        """What scales are made of in a tile's i-th step, as it lies in memory; some other if there is no such tile."""
+        unit = self._loaded(jnp.minimum(tile, jnp.maximum(self.stop - 1, 0)), i)
+        self._affine(unit)
+        return unit.raw
+
+    def sums(self, tile: Any, raw: list[Array]) -> tuple[list[Sums], list[Array]]:
+        """Each token's sums of every row, warp and column, and what is `ahead` for the next tile."""
+        s, form, interpret = self.share, TILES[self.form.name], self.share.interpret
+        shape, narrow = (16, WARPS, GROUPS), form.group == 16
         zero = {d: plgpu.layout_cast(jnp.zeros(shape, d), SUMS) for d in (jnp.int32, jnp.float32)}
 
-        def one_step(i: Any, ys: list[Array]) -> list[Array]:
-            begin, run, slot = self._place(i)
-            unit = Loaded(self.planes, self.form, s.step, self.tile, run, interpret=interpret)
-            affine = [tile.affine(unit, half) for half in range(2 if narrow else 1)]  # loaded while codes arrive
+        def one_step(i: Any, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
+            ys, raw = carry
+            (begin, run), n = self._run(i), (tile - self.start) * s.steps + i
+            unit, slot = self._loaded(tile, i, raw), self._slot(n)
+            last = i + 1 == s.steps
             plgpu.barrier_wait(self.full.at[slot])
-            unit.take(self._slot(slot))
-            plgpu.commit_smem()  # all have read what the next copy overwrites
-            pl.when(i + s.depth < s.steps)(lambda: self._copy(i + s.depth))
-            codes = [tile.values(unit, i) for i in range(16)]
+            unit.take(self._room(slot))
+            # All have read what the next copy overwrites; a barrier alone would not wait for what is being loaded.
+            plgpu.commit_smem()
+            self._copy(n + s.depth)
+            following = self.ahead(tile + last.astype(jnp.int32), jnp.where(last, 0, i + 1))
+            affine = self._affine(unit)
+            codes = [form.values(unit, i) for i in range(16)]
             terms = [zero[jnp.float32]] * s.tokens
             for half, (scale, offset) in enumerate(affine):
                 for t in range(s.tokens):
-                    x = _Activations(s.given, s.first_token + t, s.step, run, half, tile.group, interpret)
+                    x = _Activations(s.given, s.first_token + t, s.step, run, half, form.group, interpret)
                     z = zero[jnp.int32]
                     for g in range(GROUPS):
                         a = codes[8 * half + g :][:1] if narrow else codes[2 * g :][:2]
@@ -274,9 +388,9 @@ class _Rows:
                 # of the warp's unit, or of the group: a row that ends within a unit has groups of 32
                 mine = run + (RUNS * warp if s.step == WIDE else 4 * (column & 1) + (column >> 1))
                 terms = [jnp.where(mine < begin, 0.0, term) for term in terms]
-            return [y + term for y, term in zip(ys, terms, strict=True)]
+            return [y + term for y, term in zip(ys, terms, strict=True)], following
 
-        return lax.fori_loop(0, s.steps, one_step, [zero[jnp.float32]] * s.tokens)
+        return lax.fori_loop(0, s.steps, one_step, ([zero[jnp.float32]] * s.tokens, raw))
 
 
 class _Activations:
@@ -294,7 +408,7 @@ class _Activations:
             here, layout = (pl.ds(self.run * each + first, count),), layout.reduce((0,))
         else:
             here = pl.ds(lax.div(self.run, jnp.int32(RUNS)), WARPS), pl.ds(first, count)
-        return load(ref.at[(self.token, *here, *part)], layout=layout)
+        return registers.load(ref, (self.token, *here, *part), layout)
 
     def limbs(self, s: int) -> tuple[Array, ...]:
         """Of groups 4 s to 4 s + 3, of each 16 elements."""

@@ -17,7 +17,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxinfer.pallas.registers import gather, inline, layout
+from jaxinfer.pallas.registers import gather, inline, layout, store
 
 UNIT, VECTOR = 64, 8  # what divides a row; elements of a thread
 WARPS, LANES = 4, 32  # of a CTA, of a warp
@@ -25,9 +25,9 @@ WARPS, LANES = 4, 32  # of a CTA, of a warp
 
 def reduce_reference(
     rows: Float[Array, "N D"],
-    place: Int[Array, "M A"],
+    place: Int[Array, "M A"] | None,
     weights: Float[Array, "M A"],
-    valid: Bool[Array, " M"],
+    valid: Bool[Array, " M"] | None,
     *,
     shared: Float[Array, "M D"] | None = None,
     gate: Float[Array, " M"] | None = None,
@@ -36,15 +36,20 @@ def reduce_reference(
 ) -> Float[Array, "M D"]:
     """The sum over a of weights[m, a] * rows[place[m, a]], in the order of a, or 0 where m is not valid.
 
-    Then shared[m], times sigmoid(gate[m]) where there is one, and residual[m] are added. All in f32, products and sums
-    rounded one by one, from zero on; the result is rounded to `dtype`.
+    Without places rows are in the order of choices, without `valid` all are. Then shared[m], times sigmoid(gate[m])
+    where there is one, and residual[m] are added. All in f32, products and sums rounded one by one, from zero on; the
+    result is rounded to `dtype`.
     """
 
     def product(w: Array, y: Array) -> Array:
         return lax.optimization_barrier(w[:, None] * y.astype(jnp.float32))  # XLA would contract it with a sum
 
+    if place is None:
+        place = jnp.arange(weights.size, dtype=jnp.int32).reshape(weights.shape)
     # `sum` is a fold from 0 on; the order of jnp's is not defined.
-    y = jnp.where(valid[:, None], sum(product(w, rows[to]) for w, to in zip(weights.T, place.T, strict=True)), 0)
+    y = sum((product(w, rows[to]) for w, to in zip(weights.T, place.T, strict=True)), jnp.float32(0))
+    if valid is not None:
+        y = jnp.where(valid[:, None], y, 0)
     if shared is not None:
         y += shared.astype(jnp.float32) if gate is None else product(jax.nn.sigmoid(gate), shared)
     if residual is not None:
@@ -55,9 +60,9 @@ def reduce_reference(
 @partial(jax.jit, static_argnames=("dtype", "interpret"))
 def reduce(
     rows: Float[Array, "N D"],
-    place: Int[Array, "M A"],
+    place: Int[Array, "M A"] | None,
     weights: Float[Array, "M A"],
-    valid: Bool[Array, " M"],
+    valid: Bool[Array, " M"] | None,
     *,
     shared: Float[Array, "M D"] | None = None,
     gate: Float[Array, " M"] | None = None,
@@ -69,7 +74,7 @@ def reduce(
 
     Raises NotImplementedError where D is no multiple of 64, or where rows are 2^31 elements and more.
     """
-    (n, width), (m, used) = rows.shape, place.shape
+    (n, width), (m, used) = rows.shape, weights.shape
     if width % UNIT or n * width >= 2**31:
         raise NotImplementedError(f"reduce: {n} rows of {width} are not by {UNIT}, or 2^31 elements and more")
     if gate is not None and shared is None:
@@ -107,19 +112,21 @@ def reduce(
         def product(w: Array, y: Array) -> Array:
             return _product(across(w), y.astype(jnp.float32), VECTORS, interpret=interpret)
 
-        places = [of_token(place_gmem, token * used + a) for a in range(used)]
+        choices = [token * used + a for a in range(used)]
+        places = choices if place_gmem is None else [of_token(place_gmem, choice) for choice in choices]
         ys = [
             gather(rows_gmem, across(to * width + vector * VECTOR) + element, VECTORS, interpret=interpret)
             for to in places
         ]
-        total = sum(product(of_token(weights_gmem, token * used + a), y) for a, y in enumerate(ys))
-        y = jnp.where(across(of_token(valid_gmem)) > 0, total, 0.0)
+        y: Any = sum(product(of_token(weights_gmem, choice), y) for choice, y in zip(choices, ys, strict=True))
+        if valid_gmem is not None:
+            y = jnp.where(across(of_token(valid_gmem)) > 0, y, 0.0)
         if shared_gmem is not None:
             one = own(shared_gmem)
             y += one.astype(jnp.float32) if gate_gmem is None else product(jax.nn.sigmoid(of_token(gate_gmem)), one)
         if residual_gmem is not None:
             y += own(residual_gmem).astype(jnp.float32)
-        out_gmem[mine] = y.astype(dtype)
+        store(out_gmem.at[mine], y.astype(dtype))
 
     def view(x: Array | None) -> Array | None:
         return None if x is None else x.reshape(-1, VECTOR)
@@ -133,9 +140,9 @@ def reduce(
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
     )(
         rows.reshape(-1),
-        place.reshape(-1),
+        None if place is None else place.reshape(-1),
         weights.reshape(-1),
-        valid.astype(jnp.int32),
+        None if valid is None else valid.astype(jnp.int32),
         view(shared),
         gate,
         view(residual),

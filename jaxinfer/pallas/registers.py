@@ -7,6 +7,7 @@ meaning, for the interpreter, which has no registers.
 from collections.abc import Sequence
 from typing import Any
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Int, Shaped
 
+PARTIAL_STORE: Any = getattr(plgpu, "store", None)  # jax 0.12 has it
 inline: Any = plgpu.inline_mgpu  # the decorated function's first argument, a context, is not its caller's
 
 type Words = Shaped[Array, "16 4 4"]  # [row, warp, t]
@@ -89,6 +91,61 @@ def gather(ref: Any, index: Int[Array, "*n"], layout: Any, *, interpret: bool) -
         return fa.FragmentedArray(_registers=registers, _layout=made, _is_signed=signed)
 
     return load(ref, index)
+
+
+def store(ref: Any, value: Array) -> None:
+    """ref[...] = value, whether or not it fills whole sectors and lines of device memory, or is without conflicts.
+
+    jax 0.12 refuses a store that is not, unless it is told so; jax 0.11 takes any, and cannot be told.
+    """
+    if PARTIAL_STORE is None:
+        ref[...] = value
+    else:
+        PARTIAL_STORE(ref, value, optimized=False)
+
+
+def write(ref: Any, value: Array, layout: Any, *, interpret: bool) -> None:
+    """ref[...] = value in shared memory; who reads it has to `meet` before. A plain store waits for all, twice."""
+    if interpret:
+        ref[...] = value
+        return
+
+    @inline(arg_types=(plgpu.RefType(), layout), return_type=None)
+    def put(ctx: Any, ref: Any, value: fa.FragmentedArray) -> None:
+        value.store_untiled(ref, optimized=False)
+
+    put(ref, value)
+
+
+def meet(*, interpret: bool) -> None:
+    """The threads of a warpgroup wait for each other; what they stored or loaded in shared memory is done."""
+    if interpret:
+        plgpu.commit_smem()
+        return
+
+    @inline(return_type=None)
+    def wait(ctx: Any) -> None:
+        mgpu.utils.warpgroup_barrier()
+
+    wait()
+
+
+def readable(ref: Any, *, interpret: bool) -> Any:
+    """A ref in shared memory that may be reshaped and loaded from; for the interpreter, which cannot, its value."""
+    return ref[...] if interpret else ref
+
+
+def load(ref: Any, index: Sequence[Any], layout: Any) -> Array:
+    """ref[index], of a ref or of what `readable` gives."""
+    if not isinstance(ref, Array):
+        return plgpu.load(ref.at[tuple(index)], layout=layout, optimized=False)
+    axis = 0
+    for i in index:
+        if isinstance(i, pl.Slice):
+            ref, axis = lax.dynamic_slice_in_dim(ref, i.start, int(i.size), axis), axis + 1
+        else:
+            ref = lax.dynamic_index_in_dim(ref, i, axis, keepdims=False)
+    return ref
 
 
 def words(x: Shaped[Array, "rows n"], *, interpret: bool) -> tuple[Words, ...]:
@@ -323,3 +380,43 @@ def _of_quad(x: Any, lane: int) -> Any:
     """The f32 that one of each four lanes has."""
     ptx = f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1C1F, 0xFFFFFFFF;"
     return llvm.inline_asm(x.type, [x], ptx, "=f,f", has_side_effects=True)
+
+
+def halves(rows: int, own: int) -> Any:
+    """Layout of [row, column] of 16 bits, where each warp has `own` columns of 16 rows, or of 8.
+
+    Lane 4 g + t has 8 neighbours of every 32 columns, from 8 t on, in rows g and g + 8: 16 bytes, one load.
+    """
+    return layout([(rows, 4 * own), (8, own), (8, 32), (8,)], (-6,), (-3, -2))
+
+
+def mma_halves(acc: Sums, a: Float[Array, "16 n"], b: Float[Array, "8 n"], *, interpret: bool) -> Sums:
+    """acc + a b' for each warp, of its columns of a and b (mma.sync), both in `halves` and of one type; sums in f32.
+
+    The two products of 32 columns take 4 of each 8 neighbours: which columns a product joins is the same for a and b.
+    """
+    own = a.shape[1] // 4
+    if interpret:
+        rows, columns = (x.astype(jnp.float32).reshape(len(x), 4, own) for x in (a, b))
+        return acc + jnp.einsum("rwk,nwk->rwn", rows, columns)
+    kind = "bf16" if a.dtype == jnp.bfloat16 else "f16"
+    ptx = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+    ptx += " {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    out = plgpu.ShapeDtypeStruct((16, 4, 8), jnp.float32, SUMS)
+
+    @inline(arg_types=(SUMS, halves(16, own), halves(8, own)), return_type=out)
+    def multiply(ctx: Any, acc: Any, a: Any, b: Any) -> fa.FragmentedArray:
+        sums = [_element(r, i) for r in acc.registers.flatten() for i in (0, 1)]
+        rows = np.array([_cast(r, (4,)) for r in a.registers.flatten()], dtype=object).reshape(2, -1)
+        columns = [_cast(r, (4,)) for r in b.registers.flatten()]
+        f32, constraints = ir.F32Type.get(), ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+        for i, column in enumerate(columns):
+            for words in ((0, 1), (2, 3)):
+                given = [_element(row, j) for j in words for row in rows[:, i]] + [_element(column, j) for j in words]
+                four = llvm.StructType.get_literal([f32] * 4)
+                made = llvm.inline_asm(four, [*given, *sums], ptx, constraints, has_side_effects=False)
+                sums = [llvm.extractvalue(f32, made, [j]) for j in range(4)]
+        pairs = [vector.from_elements(ir.VectorType.get((2,), f32), sums[j : j + 2]) for j in (0, 2)]
+        return _array(pairs, SUMS, (16, 4, 8), None)
+
+    return multiply(acc, a, b)

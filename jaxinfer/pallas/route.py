@@ -1,7 +1,7 @@
-"""Which experts a token passes through and with what weights, from a router's scores, in one launch for all tokens.
+"""A router's scores of a few tokens, and which experts a token passes through and with what weights, from scores.
 
-A warp has a token, so that its maxima are its own. Scores are compared as integers of the same order, for which a warp
-has an instruction.
+A launch each. In the first a warp has an expert and a token, in the second a token, so that its sums and maxima are its
+own. Scores are compared as integers of the same order, for which a warp has an instruction.
 """
 
 import math
@@ -17,9 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.layers.routing import ROUTINGS, Routing, sigmoid_of_chosen, softmax_of_all
 from jaxinfer.pallas import registers
+from jaxinfer.tree import Index
 
 MOST, MOST_USED = 512, 16  # experts, and those of a token
 WARPS, LANES = 4, 32  # of a CTA, of a warp
+PART = 128  # columns of a router that a warp takes at a time, 16 bytes a lane
 LEAST = -(2**31)  # what is chosen already, or no expert
 
 
@@ -30,6 +32,67 @@ def beyond(experts: int, used: int, routing: Routing) -> str | None:
     if experts > MOST or used > MOST_USED:
         return f"{used} of {experts} experts are more than {MOST_USED} of {MOST}"
     return None
+
+
+def beyond_score(x: Float[Array, "M D"], weight: Any) -> str | None:
+    """Why the kernel does not score rows, None where it does."""
+    if weight.dtype != jnp.float32:
+        return f"a router in {weight.dtype}"
+    experts, width = weight.shape[-2:]
+    if experts % WARPS or width % PART or x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"{experts} x {width} for rows in {x.dtype}: experts by {WARPS}, columns by {PART}, rows of 16 bits"
+    return None
+
+
+@partial(jax.jit, static_argnames=("eps", "interpret"))
+def score(
+    x: Float[Array, "M D"],
+    weight: Float[Array, "R E D"],
+    layer: Index,
+    norm: Float[Array, "R D"] | None = None,
+    eps: float | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "M E"]:
+    """weight[layer] x in f32, for x normed before, and rounded to its type, where there is an eps.
+
+    Sums are of a fixed order: a row's bits do not depend on the others. Raises NotImplementedError for what is
+    `beyond_score`.
+    """
+    (m, width), experts = x.shape, weight.shape[1]
+    if why := beyond_score(x, weight):
+        raise NotImplementedError(f"score: {why}")
+    parts = [pl.ds(i, PART) for i in range(0, width, PART)]
+    EACH = registers.layout([(WARPS, PART), (1, LANES * 4), (4,)], (-5,), (-2,))  # [expert, column]
+    ROW = EACH.reduce((0,))
+
+    def score_experts(layer_gmem, x_gmem, norm_gmem, weight_gmem, out_gmem):
+        token, four = lax.axis_index("token"), pl.ds(lax.axis_index("four") * WARPS, WARPS)
+        layer = layer_gmem[0]
+
+        def load(ref: Any, layout: Any) -> Array:
+            return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+        ys = [load(x_gmem.at[token, part], ROW) for part in parts]
+        if eps is not None:
+            rms = lax.rsqrt(sum((y * y).sum() for y in ys) * (1 / width) + eps)
+            for i, part in enumerate(parts):
+                y = ys[i] * rms if norm_gmem is None else ys[i] * rms * load(norm_gmem.at[layer, part], ROW)
+                ys[i] = y.astype(x.dtype).astype(jnp.float32)
+        total = plgpu.layout_cast(jnp.zeros((WARPS, PART), jnp.float32), EACH)
+        for y, part in zip(ys, parts, strict=True):
+            row = plgpu.layout_cast(lax.broadcast_in_dim(y, (WARPS, PART), [1]), EACH)
+            total = total + row * load(weight_gmem.at[layer, four, part], EACH)
+        registers.store(out_gmem.at[token, four], total.sum(axis=1))
+
+    return plgpu.kernel(
+        score_experts,
+        out_type=jax.ShapeDtypeStruct((m, experts), jnp.float32),
+        grid=(m, experts // WARPS),
+        grid_names=("token", "four"),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
+    )(jnp.asarray(layer, jnp.int32).reshape(1), x, norm, weight)
 
 
 @partial(jax.jit, static_argnames=("used", "routing", "interpret"))
@@ -96,8 +159,8 @@ def route(
             else:
                 each, real = weights, slot < used
             weights = weights / across(jnp.where(real, each, 0.0).sum(axis=-1), slots, SLOTS)
-        chosen_gmem[mine] = chosen
-        weights_gmem[mine] = weights
+        registers.store(chosen_gmem.at[mine], chosen)
+        registers.store(weights_gmem.at[mine], weights)
 
     chosen, weights = plgpu.kernel(
         choose_experts,

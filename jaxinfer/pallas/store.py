@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache import KVCache, check_tokens
 from jaxinfer.layers.rope import Rope
+from jaxinfer.pallas import registers
 from jaxinfer.tree import Index
 
 FEW = 8  # tokens of a call that this is for: decoding, and verifying a draft
@@ -138,7 +139,7 @@ def store(
                 xs = xs if rotation is None else turned(*xs)
                 xs = normed(xs, None) if norm_rotated else xs
             for x, piece in zip(xs, pieces, strict=True):
-                target[:, *piece] = x
+                registers.store(target.at[:, *piece], x)
 
         @pl.when(tile < q_tiles)
         def queries() -> None:

@@ -5,6 +5,7 @@ numbers that are none are loaded from where they lie.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,10 +69,24 @@ def copy(gmem: dict[str, Any], smem: dict[str, Any], full: Any, form: Format, st
 
 
 class Loaded:
-    """A step of a tile of rows, see tiles.Unit; its codes are there once they were taken from shared memory."""
+    """A step of a tile of rows, see tiles.Unit; its codes are there once they were taken from shared memory.
 
-    def __init__(self, gmem: dict[str, Any], form: Format, step: Step, tile: Any, run: Any, *, interpret: bool):
+    `raw` are the first numbers that are no codes, as another one has loaded them for this place, in its order.
+    """
+
+    def __init__(
+        self,
+        gmem: dict[str, Any],
+        form: Format,
+        step: Step,
+        tile: Any,
+        run: Any,
+        *,
+        raw: Sequence[Array] = (),
+        interpret: bool,
+    ):
         self.gmem, self.form, self.step, self.at, self.interpret = gmem, form, step, (tile, run), interpret
+        self.given, self.raw = iter(raw), []
         self.t = plgpu.broadcasted_iota(jnp.int32, (16, 4, 4), 2, layout=WORDS)
         self.column = plgpu.broadcasted_iota(jnp.int32, (16, 4, 8), 2, layout=SUMS) >> 1
         self.words: dict[str, tuple[Words, ...]] = {}
@@ -89,6 +104,11 @@ class Loaded:
 
     def _load(self, plane: str, first: int, count: int | None, layout: Any) -> Array:
         """Numbers of a unit from the `first` on, or that one alone."""
+        given = next(self.given, None)
+        self.raw.append(self._read(plane, first, count, layout) if given is None else given)
+        return self.raw[-1]
+
+    def _read(self, plane: str, first: int, count: int | None, layout: Any) -> Array:
         tile, run = self.at
         if self.step == TALL:
             blocks = lax.div(run, jnp.int32(self.form.block // RUN))
