@@ -323,7 +323,7 @@ def valid(stack: KVCache) -> jax.Array:
     return newest - jnp.arange(stack.recent_q.shape[2])[::-1] >= 0
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("qwen3", 3), ("qwen3", 48), ("qwen3", 4096), ("qwen35moe", 48)])
+@pytest.mark.parametrize(("name", "chunk"), [("qwen3", 3), ("qwen3", 4096), ("qwen35moe", 48)])
 def test_any_chunk_size_keeps_the_same(name, chunk):
     logits, scores, kept, tokens = summary(name, chunk, 144)
     want_logits, want, lists, others = summary(name, 1, 144)
@@ -388,7 +388,7 @@ def test_a_budget_of_2048_of_16384_tokens_takes_an_eighth(name):
 
 
 # Of the long one running takes the time.
-LENGTHS = [("qwen3", 384, 256), pytest.param("qwen35", 16384, 2048, marks=pytest.mark.optimised)]
+LENGTHS = [("qwen3", 384, 256), pytest.param("qwen35", 6144, 2048, marks=pytest.mark.optimised)]
 
 
 @pytest.mark.parametrize(("name", "tokens", "keep"), LENGTHS)

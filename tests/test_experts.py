@@ -74,7 +74,6 @@ def call(m: int, p: ExpertParams, used: int = USED, **options):
 @pytest.mark.parametrize(("m", "kinds"), [
     (3, ("Q4_K", "Q4_K", "Q6_K")),
     (3, ("Q5_0", "", "Q8_0")),
-    (20, ("Q4_K", "Q4_K", "Q6_K")),
     (20, ("BF16", "", "Q8_0")),
 ])  # fmt: skip
 def test_experts_against_float64(m, kinds):

@@ -102,19 +102,17 @@ TALL = {"Q4_1": 320, "Q5_1": 704, "Q8_0": 576, "Q2_K": 512, "Q5_K": 768, "MXFP4"
 
 @quick
 def test_ctas_that_stay_for_several_tiles():
-    """Three and two tiles of the five of q, k and v, which are of two formats; three in turn of two warpgroups."""
+    """Three and two tiles of the five of two weights, which are of two formats."""
     kinds = {"Q4_K": 48, "Q6_K": 32}
     made, x = [packed(kind, rows, 2048) for kind, rows in kinds.items()], limbs_of(activations(1, 2048))
     for got, (_, values) in zip(kernel(x, [[w] for w, _ in made], LAYER, ctas=2, warpgroups=1), made, strict=True):
         check(got, *wanted(x, values))
-    (w, values), x = packed("Q5_0", 48, 2304), limbs_of(activations(1, 2304))
-    check(kernel(x, [[w]], LAYER, ctas=1, warpgroups=2)[0], *wanted(x, values))
 
 
 @quick
 @pytest.mark.parametrize(
     ("kind", "rows", "width", "eps", "warpgroups"),
-    [("Q4_K", 32, 1280, 1e-5, None), ("Q6_K", 16, 2304, None, 2), ("Q5_1", 64, 704, 1e-5, None)],
+    [("Q5_1", 64, 704, 1e-5, None), ("Q6_K", 16, 2304, None, 2)],
 )
 def test_limbs_may_be_made_within(kind, rows, width, eps, warpgroups):
     """The bits of a launch before, and what a launch before makes is right."""
@@ -411,7 +409,7 @@ def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
 def test_lowered_for_a_gpu(kind):
     """What is not interpreted: short rows where that has long ones."""
     some = list(launches([kind]))
-    some = [*some[:9], *within()] if kind == "Q4_K" else some[kind in WIDE :][:1]
+    some = [*some[:9:2], *list(within())[::3]] if kind == "Q4_K" else some[kind in WIDE :][:1]
     for _, f, args in some:
         assert "mosaic_gpu" in mosaic.lower(f, *args, arch=(9, 0))
 

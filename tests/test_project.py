@@ -124,11 +124,11 @@ def test_a_program_says_which_way_it_takes_and_why():
         run = partial(project_hopper, matmul=matmul_hopper)
         return marks(lambda x, ws, layer: run(x, ws, layer), normal(*lead, width), ws, jnp.int32(1))
 
-    for lead in ((1, 1), (4, 1), (2, 2)):
+    for lead in ((1, 1), (8, 1), (2, 2)):
         text = way(lead, ("Q4_K", 64), ("Q6_K", 64))
         assert KERNEL in text
         assert DENSE not in text
-    for lead in ((1, 5), (4, 4), (1, 17), (2, 1024)):
+    for lead in ((1, 9), (4, 4), (1, 17), (2, 1024)):
         text = way(lead, ("Q4_K", 64), ("Q6_K", 64))
         assert DENSE in text
         assert "one by one" not in text
@@ -136,6 +136,7 @@ def test_a_program_says_which_way_it_takes_and_why():
     assert f"{KERNEL[:-1]}; {low}]" in way((1, 16), ("Q4_K", 16))
     assert f"[one by one; {low}]/[decoded by XLA; {low}]/[product]" in way((1, 17), ("Q4_K", 16))
     assert "[one by one; more than 2048 rows]/[decoded by XLA; more" in way((1, 2049), ("Q4_K", 64))
+    assert "[decoded by XLA; more than 10485760 activations]" in way((1, 2048), ("Q4_K", 64), width=5376)
     assert "[product]" in way((1, 17), ("BF16", 64))
     text = way((1, 1), ("BF16", 16), ("BF16", 16))
     assert "[weights of 16 bits, in place]" in text

@@ -48,7 +48,7 @@ def test_logits_and_likelihood(golden, name, expand):
 
 
 # Packed weights are slow to decode with on a CPU: fewer of the tokens.
-@pytest.mark.parametrize(("name", "expand", "steps"), [("short", None, 64), ("chat", False, 16)])
+@pytest.mark.parametrize(("name", "expand", "steps"), [("short", None, 32), ("chat", False, 8)])
 def test_greedy_tokens(golden, name, expand, steps):
     arrays, _ = golden
     tokens, want = arrays[f"{name}_tokens"].tolist(), arrays[f"{name}_dequant_greedy_tokens"].tolist()

@@ -18,8 +18,8 @@ from jaxinfer.quants import Packed, Weight, at, dense
 from jaxinfer.tree import Index, pytree, static
 
 LONG, RUN = 2**14, 256  # rows so long are summed in runs: 102 us in place of 200 for 5120 x 17408 of Q6_K, 79 for 132
-FEWEST, MOST = 4, 16  # rows of activations for which `matvec` is the best, and that it takes
-MANY = 2048  # rows from which on XLA's decoding costs less than what cuBLAS gains
+FEWEST, MOST = 8, 16  # rows of activations for which `matvec` is the best, and that it takes
+MANY, LARGE = 2048, 10 * 2**20  # rows of x, and elements, from which on XLA's decoding costs less than cuBLAS gains
 FEW = 8  # rows of activations up to which a product is bound by its weight's bytes alone
 
 
@@ -137,16 +137,16 @@ type _Kernel = Callable[..., tuple[Array, ...]]
 def _kernel(x: Array, weights: Sequence[Weight], invariant: bool) -> tuple[_Kernel | None, str | None]:
     """What multiplies x with all of the weights, None for XLA, and why it is not the best for so many rows, if so.
 
-    The kernel for few rows multiplies each of them by itself: as fast as memory up to FEWEST rows, and from 5 on slower
-    than the other one, whose time is the same up to 64. That one decodes a weight once for 256 rows; XLA decodes it
-    once, at what 100 to 200 rows cost, and cuBLAS multiplies a tenth faster, which is worth it for more than MANY.
+    The kernel for few rows multiplies each of them by itself, which is worth it up to FEWEST: the other one takes as
+    long for 64 as for one. That one decodes a weight once for 256 rows; XLA decodes it once, at what 500 rows cost, and
+    cuBLAS multiplies up to a fifth faster, which is worth it for more than MANY rows, or where x is LARGE.
     """
     rows, packed = x.shape[0] * x.shape[1], any(isinstance(w, Packed) for w in weights)
     if not (packed or invariant):
         fits = rows <= halves.MOST and not _beyond(_few, x, weights)
         return (partial(_few, why=None) if fits else None), None
-    if rows > MANY and not invariant:
-        return None, f"more than {MANY} rows"
+    if (rows > MANY or x.size > LARGE) and not invariant:
+        return None, f"more than {MANY} rows" if rows > MANY else f"more than {LARGE} activations"
     few = [_few] if rows <= MOST and not invariant else []
     first = None
     for kernel in [*few, _many] if rows <= FEWEST else [_many, *few]:
