@@ -118,7 +118,10 @@ def write(ref: Any, value: Array, layout: Any, *, interpret: bool) -> None:
 
 
 def meet(*, interpret: bool) -> None:
-    """The threads of a warpgroup wait for each other; what they stored or loaded in shared memory is done."""
+    """The threads of a warpgroup wait for each other, and see what was stored in shared memory.
+
+    A copy by TMA may still overtake loads from there that came before: plgpu.commit_smem waits for those.
+    """
     if interpret:
         plgpu.commit_smem()
         return
