@@ -103,8 +103,7 @@ def layer(
     norm, before = Norm(p.norm, config.eps), x if p.post_norm is None else None
     if isinstance(spec, DeltaSpec):
         assert isinstance(p.mixer, DeltaParams)
-        y, cache = delta(p.mixer, i, rms_norm(x, p.norm[i], config.eps), pos, cache, spec, ops)
-        y = y if before is None else x + y
+        y, cache = delta(p.mixer, i, x, pos, cache, spec, ops, norm=norm, residual=before)
     else:
         assert isinstance(p.mixer, AttentionParams)
         y, cache = attention(p.mixer, i, x, pos, cache, spec, ops, norm=norm, residual=before)

@@ -55,6 +55,7 @@ def activations(m: int, width: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(x.reshape(m, width), jnp.bfloat16)
 
 
+@jax.jit
 def limbs_of(x: jax.Array) -> Limbs:
     return limbs_reference(x, None, 0, None)
 
@@ -103,7 +104,7 @@ TALL = {"Q4_1": 320, "Q5_1": 704, "Q8_0": 576, "Q2_K": 512, "Q5_K": 768, "MXFP4"
 @quick
 def test_ctas_that_stay_for_several_tiles():
     """Three and two tiles of the five of two weights, which are of two formats."""
-    kinds = {"Q4_K": 48, "Q6_K": 32}
+    kinds = {"Q4_K": 48, "Q8_0": 32}
     made, x = [packed(kind, rows, 2048) for kind, rows in kinds.items()], limbs_of(activations(1, 2048))
     for got, (_, values) in zip(kernel(x, [[w] for w, _ in made], LAYER, ctas=2, warpgroups=1), made, strict=True):
         check(got, *wanted(x, values))
@@ -112,7 +113,7 @@ def test_ctas_that_stay_for_several_tiles():
 @quick
 @pytest.mark.parametrize(
     ("kind", "rows", "width", "eps", "warpgroups"),
-    [("Q5_1", 64, 704, 1e-5, None), ("Q6_K", 16, 2304, None, 2)],
+    [("Q5_1", 64, 640, 1e-5, None), ("Q6_K", 16, 2304, None, 2)],
 )
 def test_limbs_may_be_made_within(kind, rows, width, eps, warpgroups):
     """The bits of a launch before, and what a launch before makes is right."""
@@ -243,7 +244,6 @@ def check_case(case: Case, got: Sequence[jax.Array], x: Limbs, values: Sequence[
         check(y[~none], want[~none], noise[~none])
 
 
-QKV = [[("Q4_K", 32)], [("Q6_K", 16)], [("Q8_0", 16)]]
 GATE_AND_UP = Case(tokens=2, width=1280, sets=[[("Q4_K", 32)] * 2], combine="silu", dtype="bfloat16")
 CASES = {
     "5 tokens, short rows, 2 warpgroups, residual": Case(
@@ -252,12 +252,11 @@ CASES = {
     "gate and up, 2 formats, 2 warpgroups": Case(
         tokens=1, width=2048, sets=[[("Q6_K", 16), ("Q4_0", 16)]], combine="gelu", warpgroups=None
     ),
-    "q, k, v": Case(tokens=1, width=1536, sets=QKV, dtype="bfloat16"),
     "gate and up of experts": replace(GATE_AND_UP, experts=3, used=2),
     "gate and up in one stack, biases": Case(
         tokens=1, width=320, sets=[[("MXFP4", 128)]], combine="clamped", experts=3, used=4, biases=True
     ),
-    "down of experts": Case(tokens=4, width=512, sets=[[("Q6_K", 64)]], experts=3, biases=True),
+    "down of experts": Case(tokens=4, width=320, sets=[[("Q8_0", 64)]], experts=3, biases=True),
 }
 
 
@@ -275,25 +274,24 @@ def test_bits_depend_neither_on_other_tokens_nor_on_other_weights():
     x, weights, values = case.operands()
     got = kernel(x, weights, LAYER)
     check_case(case, got, x, values)
-    alone = kernel(jax.tree.map(lambda a: a[4:], x), weights, LAYER)
-    jax.tree.map(np.testing.assert_array_equal, alone, tuple(y[4:] for y in got))
-    np.testing.assert_array_equal(kernel(jax.tree.map(lambda a: a[:1], x), weights[1:], LAYER)[0], got[1][:1])
+    np.testing.assert_array_equal(kernel(jax.tree.map(lambda a: a[4:], x), weights[1:], LAYER)[0], got[1][4:])
 
 
 @quick
-@pytest.mark.parametrize(("kind", "rows", "width"), [("Q4_K", 16, 1280), ("Q5_1", 64, 320)])
+@pytest.mark.parametrize(("kind", "rows", "width"), [("Q6_K", 16, 1280), ("Q5_1", 64, 320)])
 def test_extreme_activations(kind, rows, width):
     """A nan or infinity is seen in every result of its token, and in no other's."""
     w, values = packed(kind, rows, width)
-    w, values = jax.tree.map(lambda a: jnp.repeat(a[:, ::2], 2, axis=1), w), np.repeat(values[::2], 2, axis=0)
-    base = jax.random.normal(jax.random.key(0), (4, width), jnp.bfloat16)
-    x = limbs_of(base)
+    w, values = jax.tree.map(lambda a: np.repeat(a[:, ::2], 2, axis=1), w), np.repeat(values[::2], 2, axis=0)
+    base = np.random.default_rng(0).standard_normal((4, width)).astype(jnp.bfloat16)
+    x = limbs_of(jnp.asarray(base))
     for run in (0, width // 32 - 1):  # in which the first and the last token have something that is no number
-        scale, sums = (a.at[jnp.array([0, 3]), run].set(jnp.nan) for a in (x.scale, x.sums.reshape(4, -1, 2)))
-        (got,) = kernel(replace(x, scale=scale, sums=sums.reshape(4, -1)), [[w]], LAYER)
+        scale, sums = np.array(x.scale), np.array(x.sums)
+        scale[::3, run] = sums[::3, 2 * run : 2 * run + 2] = np.nan
+        (got,) = kernel(replace(x, scale=jnp.asarray(scale), sums=jnp.asarray(sums)), [[w]], LAYER)
         assert np.isnan(got[::3]).all()
-        check(got[1:3], *wanted(limbs_of(base[1:3]), values))
-    x = limbs_of(base * jnp.asarray([[1e30], [1e-30], [0], [1]], jnp.bfloat16))
+        check(got[1:3], *(part[1:3] for part in wanted(x, values)))
+    x = limbs_of(jnp.asarray(base * np.array([[1e30], [1e-30], [0], [1]], jnp.bfloat16)))
     (got,) = kernel(x, [[w]], LAYER)
     check(got, *wanted(x, values))
     assert not got[2].any()
@@ -301,17 +299,15 @@ def test_extreme_activations(kind, rows, width):
 
 
 @quick
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_a_scale_that_is_no_number_is_seen_in_its_row_alone(kind):
+def test_a_scale_that_is_no_number_is_seen_in_its_row_alone():
     """Units 0 to 3 are one step, the next takes 1 to 4; each of them in a row of its own, and all of another layer."""
-    w, _ = packed(kind, 16, 1280)
-    x = limbs_of(activations(4, 1280))
-    poisoned, units = w.planes["d"].at[1 - LAYER].set(jnp.nan), jnp.arange(5)
-    for poison in (jnp.inf, jnp.nan):
-        poisoned = poisoned.at[LAYER, 2 * units + 1, units].set(poison)
-        got, clean = (
-            kernel(x, [[replace(w, planes=w.planes | {"d": d})]], LAYER)[0] for d in (poisoned, w.planes["d"])
-        )
+    w, _ = packed("Q6_K", 16, 1280)
+    x = limbs_of(activations(4, 1280))  # the program of extreme activations
+    (clean,), poisoned, units = kernel(x, [[w]], LAYER), np.array(w.planes["d"]), np.arange(5)
+    poisoned[1 - LAYER] = np.nan
+    for poison in (np.inf, np.nan):
+        poisoned[LAYER, 2 * units + 1, units, 0] = poison
+        (got,) = kernel(x, [[replace(w, planes=w.planes | {"d": jnp.asarray(poisoned)})]], LAYER)
         bad = np.isin(np.arange(16), 2 * units + 1)
         assert not np.isfinite(got[:, bad]).any()
         np.testing.assert_array_equal(got[:, ~bad], clean[:, ~bad])
@@ -358,7 +354,8 @@ def launches(kinds: Sequence[str], rows: int = 64) -> Iterator[mosaic.Program]:
             cases[f"{kind}, {m} tokens"] = replace(one, warpgroups=1 if m == 1 else 2)
             cases[f"{kind}, {m} tokens, short rows"] = replace(one, width=short)
         cases[f"gate and up, {m} tokens"] = replace(GATE_AND_UP, tokens=m)
-        cases[f"q, k, v, {m} tokens"] = replace(CASES["q, k, v"], tokens=m)
+        qkv = [[("Q4_K", 32)], [("Q6_K", 16)], [("Q8_0", 16)]]
+        cases[f"q, k, v, {m} tokens"] = Case(tokens=m, width=1536, sets=qkv, dtype="bfloat16")
         cases[f"gate and up, 2 formats, {m} tokens"] = replace(
             CASES["gate and up, 2 formats, 2 warpgroups"], tokens=m, warpgroups=1
         )
@@ -409,7 +406,7 @@ def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
 def test_lowered_for_a_gpu(kind):
     """What is not interpreted: short rows where that has long ones."""
     some = list(launches([kind]))
-    some = [*some[:9:2], *list(within())[::3]] if kind == "Q4_K" else some[kind in WIDE :][:1]
+    some = [*some[4:9:2], *list(within())[3::3]] if kind == "Q4_K" else some[kind in WIDE :][:1]
     for _, f, args in some:
         assert "mosaic_gpu" in mosaic.lower(f, *args, arch=(9, 0))
 

@@ -107,11 +107,20 @@ EPS = 1e-6
 
 
 def router(m: int, experts: int, width: int, dtype: Any = jnp.bfloat16) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows, a stack of two layers and their norms."""
+    """Rows, a stack of two layers, whose last row is the gate of a shared expert, and their norms."""
     rng = np.random.default_rng(experts)
     x = jnp.asarray(rng.standard_normal((m, width)), dtype)
-    weight = rng.standard_normal((2, experts, width), np.float32) / np.float32(np.sqrt(width))
+    weight = rng.standard_normal((2, experts + 1, width), np.float32) / np.float32(np.sqrt(width))
     return x, jnp.asarray(weight), jnp.asarray(1 + rng.random((2, width)), jnp.float32)
+
+
+def with_gate(run: Any, x: jax.Array, weight: jax.Array, *norm: Any) -> jax.Array:
+    """Scores and, as the last of them, the gate's; without the gate the scores are the same."""
+    scores, gate = run(x, weight[:, :-1], jnp.int32(1), *norm, weight[:, -1])
+    alone, nothing = run(x, weight[:, :-1], jnp.int32(1), *norm)
+    assert nothing is None
+    np.testing.assert_array_equal(scores, alone)
+    return jnp.concatenate([scores, gate[:, None]], axis=1)
 
 
 def check_scores(got: jax.Array, x: jax.Array, weight: jax.Array, norm: np.ndarray | None) -> None:
@@ -129,14 +138,14 @@ def check_scores(got: jax.Array, x: jax.Array, weight: jax.Array, norm: np.ndarr
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_scores_against_float64(dtype):
     x, weight, norm = router(2, 8, 384, dtype)
-    check_scores(scored(x, weight, 1), x, weight, None)
-    got = scored(x, weight, jnp.int32(1), norm, EPS)
+    check_scores(with_gate(scored, x, weight, None, None), x, weight, None)
+    got = with_gate(scored, x, weight, norm, EPS)
     check_scores(got, x, weight, np.asarray(norm[1]))
-    np.testing.assert_array_equal(got[1:], scored(x[1:], weight, 1, norm, EPS))
+    np.testing.assert_array_equal(got[1:], with_gate(scored, x[1:], weight, norm, EPS))
 
 
 def test_what_scores_are_not_made_of():
-    x, weight, _ = router(1, 8, 384)
+    x, weight, _ = router(1, 7, 384)
     with pytest.raises(NotImplementedError, match="score: a router in bfloat16"):
         score(x, weight.astype(jnp.bfloat16), 0)
     for wrong in (weight[:, :6], weight[..., :320]):
@@ -173,7 +182,7 @@ def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
     for m, experts, width in ((1, 128, 2048), (16, 256, 2048), (1, 128, 2816), (1, 32, 4096)):
         S = jax.ShapeDtypeStruct
         given = S((m, width), jnp.bfloat16), S((2, experts, width), jnp.float32), S((2, width), jnp.float32)
-        yield f"{m} {experts} x {width}", lambda x, w, norm: score(x, w, 1, norm, EPS), given
+        yield f"{m} {experts} x {width}", lambda x, w, norm: score(x, w, 1, norm, EPS, norm), given
 
 
 @pytest.mark.parametrize("arch", [(8, 0), (9, 0)])
@@ -206,7 +215,7 @@ def test_on_a_gpu_at_full_size(m, experts, used, routing):
 def test_scores_on_a_gpu_at_full_size(m, experts, width):
     x, weight, norm = router(m, experts, width)
     run = jax.jit(score, static_argnums=4)
-    got = run(x, weight, 1, norm, EPS)
+    got = with_gate(run, x, weight, norm, EPS)
     check_scores(got, x, weight, np.asarray(norm[1]))
-    np.testing.assert_array_equal(got[:1], run(x[:1], weight, 1, norm, EPS))
-    check_scores(run(x, weight, 1, None, None), x, weight, None)
+    np.testing.assert_array_equal(got[:1], with_gate(run, x[:1], weight, norm, EPS))
+    check_scores(with_gate(run, x, weight, None, None), x, weight, None)

@@ -8,9 +8,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.layers.linear import Linear, linear
+from jaxinfer.layers.linear import Linear, linear, linears
 from jaxinfer.layers.norm import rms_norm
 from jaxinfer.ops import Ops
+from jaxinfer.ops.matmul import Norm
 from jaxinfer.quants import at
 from jaxinfer.tree import Index, pytree
 
@@ -78,20 +79,25 @@ def delta(
     cache: DeltaState,
     spec: DeltaSpec,
     ops: Ops,
+    *,
+    norm: Norm | None = None,
+    residual: Float[Array, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], DeltaState]:
-    """A gated delta net (arXiv:2412.06464, figure 1): out(norm(rule(silu(conv(qkv x)))) * silu(z x)).
+    """A gated delta net (arXiv:2412.06464, figure 1): out(norm(rule(silu(conv(qkv x)))) * silu(z x)), plus a residual.
 
-    x [B, T, D] in the activations' type, everything between the projections in f32. Positions below zero mark padding,
-    at the start of a row only: it leaves the state as it was, also one that an earlier call has left. Returns
-    (y [B, T, D], cache).
+    x [B, T, D] in the activations' type, normed before if there is a norm; everything between the projections in f32.
+    Positions below zero mark padding, at the start of a row only: it leaves the state as it was, also one that an
+    earlier call has left. Returns (y [B, T, D], cache).
     """
     b, t, _ = x.shape
     real = (pos >= 0)[..., None]
-    qkv = jnp.where(real, _f32(linear(p.qkv, layer, x, ops)), 0)  # whatever a pad is, infinite even
+    maps = [p.qkv, p.z, p.beta] if p.alpha is None else [p.qkv, p.z, p.beta, p.alpha]
+    qkv, z, *gates = map(_f32, linears(maps, layer, x, ops, norm=norm))
+    qkv = jnp.where(real, qkv, 0)  # whatever a pad is, infinite even
     mixed, tail = _convolve(qkv, _f32(p.conv[layer]), at(cache.conv, layer), (pos < 0).sum(1))
     q, k, v = jnp.split(jax.nn.silu(mixed), [spec.keys, 2 * spec.keys], axis=-1)
     q, k = (_unit(y.reshape(b, t, spec.key_heads, spec.width), spec.eps) for y in (q, k))
-    alpha, beta = _gates(p, layer, x, spec, ops)
+    alpha, beta = _gates(gates, spec)
     log_decay = _f32(p.a[layer]) * jax.nn.softplus(alpha + _f32(p.dt_bias[layer]))
     o, state = ops.delta(
         q * spec.width**-0.5,
@@ -102,25 +108,22 @@ def delta(
         at(cache.state, layer),
         grouped=spec.grouped,
     )
-    z = _f32(linear(p.z, layer, x, ops)).reshape(o.shape)
-    y = rms_norm(o, p.norm[layer], spec.eps) * jax.nn.silu(z)
+    y = rms_norm(o, p.norm[layer], spec.eps) * jax.nn.silu(z.reshape(o.shape))
     cache = DeltaState(cache.conv.at[layer].set(tail), cache.state.at[layer].set(state))
-    return linear(p.out, layer, y.reshape(b, t, -1).astype(x.dtype), ops), cache
+    return linear(p.out, layer, y.reshape(b, t, -1).astype(x.dtype), ops, residual), cache
 
 
 def _f32(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-def _gates(
-    p: DeltaParams, layer: Index, x: Float[Array, "B T D"], spec: DeltaSpec, ops: Ops
-) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
-    """alpha and beta of every value head, before their nonlinearities."""
-    beta = _f32(linear(p.beta, layer, x, ops))
-    if p.alpha is not None:
-        return _f32(linear(p.alpha, layer, x, ops)), beta
-    both = beta.reshape(*x.shape[:2], spec.key_heads, 2, -1)
-    beta, alpha = (both[..., i, :].reshape(*x.shape[:2], spec.value_heads) for i in (0, 1))
+def _gates(products: list[Array], spec: DeltaSpec) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
+    """alpha and beta of every value head, before their nonlinearities, from the products with `beta` and `alpha`."""
+    beta, *alpha = products
+    if alpha:
+        return alpha[0], beta
+    both = beta.reshape(*beta.shape[:2], spec.key_heads, 2, -1)
+    beta, alpha = (both[..., i, :].reshape(*beta.shape[:2], spec.value_heads) for i in (0, 1))
     return alpha, beta
 
 

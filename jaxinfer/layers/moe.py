@@ -51,24 +51,23 @@ def moe(
     All of them take x normed, if there is a norm, and are summed in f32. The router computes in f32, from
     `router_input` where that is not the same. Positions below zero mark padding, for which no expert is run.
     """
-    given = normed(x, norm, layer)
-    routed_by = (x, norm) if router_input is None else (router_input, None)
-    scores = ops.scores(routed_by[0], p.router.weight, layer, matmul=ops.matmul, norm=routed_by[1])
+    routed_by, before = (x, norm) if router_input is None else (router_input, None)
+    assert p.shared_gate is None or router_input is None  # the gate takes what experts do
+    scores, gate = ops.scores(routed_by, p.router.weight, layer, matmul=ops.matmul, norm=before, gate=p.shared_gate)
     scores = scores if p.router.bias is None else scores + p.router.bias[layer]
     rows, valid = x.reshape(-1, x.shape[-1]), (pos >= 0).reshape(-1)
     chosen, weights = ops.route(scores.reshape(len(rows), -1), spec.used, spec.routing)
     added = {} if residual is None else {"residual": residual.reshape(rows.shape)}
     if p.shared is not None:
         added["shared"] = mlp(p.shared, layer, x, spec.activation, ops, norm=norm).reshape(rows.shape)
-        if p.shared_gate is not None:
-            gate = (given.astype(jnp.float32) * p.shared_gate[layer].astype(jnp.float32)).sum(-1)
+        if gate is not None:
             added["gate"] = gate.reshape(-1)
     routed = partial(ops.experts, p.experts, layer, activation=spec.activation)
     if not spec.weigh_inputs:
         return routed(rows, chosen, weights, valid, norm=norm, dtype=x.dtype, **added).reshape(x.shape)
     # A choice is a row of its own then, with one expert and the weight 1.
     alone, ones = chosen.reshape(-1, 1), jnp.ones((chosen.size, 1), jnp.float32)
-    each = weights[..., None] * given.reshape(rows.shape)[:, None].astype(jnp.float32)
+    each = weights[..., None] * normed(x, norm, layer).reshape(rows.shape)[:, None].astype(jnp.float32)
     each = each.astype(x.dtype).reshape(-1, x.shape[-1])
     y = routed(each, alone, ones, jnp.repeat(valid, spec.used), dtype=jnp.float32)
     place = jnp.arange(chosen.size, dtype=jnp.int32).reshape(chosen.shape)

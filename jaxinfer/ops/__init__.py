@@ -38,7 +38,7 @@ class Ops(NamedTuple):
     store: Callable[..., tuple[Array, KVCache]] = store_reference
     project: Callable[..., tuple[Array, ...]] = project_reference
     route: Callable[..., tuple[Array, Array]] = route_reference
-    scores: Callable[..., Array] = scores_reference
+    scores: Callable[..., tuple[Array, Array | None]] = scores_reference
 
 
 REFERENCE = Ops(matmul_reference, attention_reference, experts_reference, gated_delta_reference)

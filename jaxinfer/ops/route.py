@@ -14,25 +14,40 @@ from jaxinfer.tree import Index
 
 
 def scores_reference(
-    x: Float[Array, "B T D"], router: Weight, layer: Index, *, matmul: Callable[..., Array], norm: Norm | None = None
-) -> Float[Array, "B T E"]:
-    """router[layer] x in f32, for a router [R, E, D], x normed before if there is a norm."""
-    return matmul(normed(x, norm, layer).astype(jnp.float32), router, layer)
+    x: Float[Array, "B T D"],
+    router: Weight,
+    layer: Index,
+    *,
+    matmul: Callable[..., Array],
+    norm: Norm | None = None,
+    gate: Float[Array, "R D"] | None = None,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B T"] | None]:
+    """router[layer] x and gate[layer] x in f32, for a router [R, E, D], x normed before if there is a norm."""
+    y = normed(x, norm, layer).astype(jnp.float32)
+    scores = matmul(y, router, layer)
+    return scores, None if gate is None else (y * gate[layer].astype(jnp.float32)).sum(-1)
 
 
 def scores_ampere(
-    x: Float[Array, "B T D"], router: Weight, layer: Index, *, norm: Norm | None = None, **options: Callable[..., Array]
-) -> Float[Array, "B T E"]:
+    x: Float[Array, "B T D"],
+    router: Weight,
+    layer: Index,
+    *,
+    norm: Norm | None = None,
+    gate: Float[Array, "R D"] | None = None,
+    **options: Callable[..., Array],
+) -> tuple[Float[Array, "B T E"], Float[Array, "B T"] | None]:
     """The reference's scores; for few tokens and a router in f32 in one launch with the norm."""
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > MOST:
-        return scores_reference(x, router, layer, norm=norm, **options)
+        return scores_reference(x, router, layer, norm=norm, gate=gate, **options)
     if why := "a packed router" if isinstance(router, Packed) else route.beyond_score(rows, router):
         with form("by XLA", why):
-            return scores_reference(x, router, layer, norm=norm, **options)
+            return scores_reference(x, router, layer, norm=norm, gate=gate, **options)
     with form("one launch with the norm"):
         before = (norm.weight, norm.eps) if norm else (None, None)
-        return route.score(rows, router, layer, *before).reshape(*x.shape[:-1], -1)
+        scores, gates = route.score(rows, router, layer, *before, gate)
+        return scores.reshape(*x.shape[:-1], -1), None if gates is None else gates.reshape(x.shape[:-1])
 
 
 def route_reference(

@@ -35,7 +35,8 @@ PLACES, MEMORY = 4, 220 * 2**10  # warpgroups of a multiprocessor, and its share
 TOKENS = 4  # that share the reading of codes; more are other CTAs'
 # Where rows are no wider, and reading them and their norm once a tile is no more bytes, CTAs make the limbs of their
 # row themselves while their first codes arrive: 1.6 us for q, k, v of 4096 columns, where a launch before takes 2.3.
-WIDEST, OWN = 2**13, 10 * 2**20
+# Four scales are 16 bytes, which are loaded at once and must be aligned in shared memory: rows are whole fours of runs.
+WIDEST, OWN, FOURS = 2**13, 10 * 2**20, 4 * RUN
 PROCESSORS = 132  # of an H100 or H200
 PARTIAL = SUMS.reduce((1, 2))
 
@@ -118,7 +119,8 @@ def product(
     given: Any = x
     if not isinstance(x, Limbs):
         check(x, norm, eps)
-        if tokens == 1 and c * tiles * width * (2 if norm is None else 6) <= OWN and width <= WIDEST:
+        few = tokens == 1 and c * tiles * width * (2 if norm is None else 6) <= OWN
+        if few and width <= WIDEST and width % FOURS == 0:
             row = Row(width, x.dtype)
             given = row.view(x), x, None if norm is None else row.view(norm)
         else:

@@ -51,10 +51,11 @@ def score(
     layer: Index,
     norm: Float[Array, "R D"] | None = None,
     eps: float | None = None,
+    gate: Float[Array, "R D"] | None = None,
     *,
     interpret: bool = False,
-) -> Float[Array, "M E"]:
-    """weight[layer] x in f32, for x normed before, and rounded to its type, where there is an eps.
+) -> tuple[Float[Array, "M E"], Float[Array, " M"] | None]:
+    """weight[layer] x and gate[layer] x in f32, for x normed before, and rounded to its type, where there is an eps.
 
     Sums are of a fixed order: a row's bits do not depend on the others. Raises NotImplementedError for what is
     `beyond_score`.
@@ -66,9 +67,10 @@ def score(
     EACH = registers.layout([(WARPS, PART), (1, LANES * 4), (4,)], (-5,), (-2,))  # [expert, column]
     ROW = EACH.reduce((0,))
 
-    def score_experts(layer_gmem, x_gmem, norm_gmem, weight_gmem, out_gmem):
-        token, four = lax.axis_index("token"), pl.ds(lax.axis_index("four") * WARPS, WARPS)
-        layer = layer_gmem[0]
+    fours = experts // WARPS
+
+    def score_experts(layer_gmem, x_gmem, norm_gmem, weight_gmem, gate_gmem, out_gmem, gate_out_gmem):
+        token, index, layer = lax.axis_index("token"), lax.axis_index("four"), layer_gmem[0]
 
         def load(ref: Any, layout: Any) -> Array:
             return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
@@ -79,20 +81,32 @@ def score(
             for i, part in enumerate(parts):
                 y = ys[i] * rms if norm_gmem is None else ys[i] * rms * load(norm_gmem.at[layer, part], ROW)
                 ys[i] = y.astype(x.dtype).astype(jnp.float32)
-        total = plgpu.layout_cast(jnp.zeros((WARPS, PART), jnp.float32), EACH)
-        for y, part in zip(ys, parts, strict=True):
-            row = plgpu.layout_cast(lax.broadcast_in_dim(y, (WARPS, PART), [1]), EACH)
-            total = total + row * load(weight_gmem.at[layer, four, part], EACH)
-        registers.store(out_gmem.at[token, four], total.sum(axis=1))
 
+        @pl.when(index < fours)
+        def _() -> None:
+            four = pl.ds(index * WARPS, WARPS)
+            total = plgpu.layout_cast(jnp.zeros((WARPS, PART), jnp.float32), EACH)
+            for y, part in zip(ys, parts, strict=True):
+                row = plgpu.layout_cast(lax.broadcast_in_dim(y, (WARPS, PART), [1]), EACH)
+                total = total + row * load(weight_gmem.at[layer, four, part], EACH)
+            registers.store(out_gmem.at[token, four], total.sum(axis=1))
+
+        if gate is not None:  # all warps have it
+
+            @pl.when(index == fours)
+            def _() -> None:
+                terms = [y * load(gate_gmem.at[layer, part], ROW) for y, part in zip(ys, parts, strict=True)]
+                registers.store(gate_out_gmem.at[token], sum(terms[1:], terms[0]).sum())
+
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     return plgpu.kernel(
         score_experts,
-        out_type=jax.ShapeDtypeStruct((m, experts), jnp.float32),
-        grid=(m, experts // WARPS),
+        out_type=(shape((m, experts)), None if gate is None else shape((m,))),
+        grid=(m, fours + (gate is not None)),
         grid_names=("token", "four"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
-    )(jnp.asarray(layer, jnp.int32).reshape(1), x, norm, weight)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), x, norm, weight, gate)
 
 
 @partial(jax.jit, static_argnames=("used", "routing", "interpret"))
