@@ -1,4 +1,4 @@
-"""Speed of a prompt and of decoding after it, and which kernels take that time.
+"""Speed of prompts and of decoding after them, and which kernels take that time.
 
 python benchmarks/kernels.py model.gguf --depths 512,8192
 """
@@ -19,7 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfer import Sampler, engine, load
+import jaxinfer
+from jaxinfer import Ops, Sampler, engine, load
+from jaxinfer.generate import default_chunk, device_of
+
+NAMED = {name: ops for name, ops in vars(jaxinfer).items() if isinstance(ops, Ops)}
 
 
 def main() -> None:
@@ -27,44 +31,51 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("-d", "--depths", default="512", help="tokens of the prompts, with commas")
     parser.add_argument("-n", "--new", type=int, default=64, help="tokens that are decoded; 0: prompts only")
-    parser.add_argument("-c", "--chunk", type=int, default=2048, help="tokens prefilled at a time")
+    parser.add_argument("-b", "--batch", type=int, default=1, help="rows of each, whose tokens are counted together")
+    parser.add_argument("-c", "--chunk", type=int, help="tokens prefilled at a time")
+    parser.add_argument("-o", "--ops", choices=list(NAMED), help="operations other than the device's own")
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     parser.add_argument("-k", "--kernels", type=int, default=0, help="of each program that are listed")
     parser.add_argument("--no-skip", action="store_true", help="attention visits masked blocks of keys too")
     args = parser.parse_args()
-    model, params, _ = load(args.model)
+    model, params, _ = load(args.model, ops=NAMED.get(args.ops))
+    chunk = args.chunk or default_chunk(device_of(params))
     if args.no_skip:
         model = replace(model, ops=model.ops._replace(attention=partial(model.ops.attention, skip=False)))
     for depth in map(int, args.depths.split(",")):
-        prefill, decode, held = runs(model, params, depth, args.new, args.repetitions + 2, min(args.chunk, depth))
-        held = report(f"prefill of {depth}", depth, prefill, held, args)
+        times, rows = args.repetitions + 2, "" if args.batch == 1 else f"{args.batch} times "
+        prefill, decode, held = runs(model, params, args.batch, depth, args.new, times, min(chunk, depth))
+        held = report(f"prefill of {rows}{depth}", args.batch * depth, prefill, held, args)
         if args.new:
-            report(f"{args.new} tokens decoded after {depth}", args.new, decode, held, args)
+            report(f"{rows}{args.new} tokens decoded after {depth}", args.batch * args.new, decode, held, args)
 
 
 type Run = Callable[[engine.State], engine.State]  # from a state that it donates to one for the next run
 
 
-def runs(model: Any, params: Any, depth: int, new: int, times: int, chunk: int) -> tuple[Run, Run, engine.State]:
-    """The prefill of a prompt, some tokens after it, and what to begin with.
+def runs(
+    model: Any, params: Any, batch: int, depth: int, new: int, times: int, chunk: int
+) -> tuple[Run, Run, engine.State]:
+    """The prefill of prompts, some tokens after them, and what to begin with.
 
     Prefills write the same positions again, see jaxinfer.bench; decoding goes on from token to token.
     """
-    prompt = np.random.default_rng(0).integers(model.config.vocab, size=depth).tolist()
-    padded, sampler = engine.left_pad([prompt], chunk), Sampler.greedy()
-    keys, stops = jax.random.key(0)[None], np.array([-1], np.int32)
+    prompts = np.random.default_rng(0).integers(model.config.vocab, size=(batch, depth)).tolist()
+    padded, sampler = engine.left_pad(prompts, chunk), Sampler.greedy()
+    keys, stops = jax.random.split(jax.random.key(0), batch), np.array([-1], np.int32)
 
     def prefill(state: engine.State) -> engine.State:
         logits, cache = state.logits, state.cache
         for tokens, pos in engine.calls(*padded, chunk):
             logits, cache = engine.prefill(model, params, tokens, pos, cache, chunk=chunk)
-        return engine.start(logits, [prompt], cache, sampler)
+        return engine.start(logits, prompts, cache, sampler)
 
     def decode(state: engine.State) -> engine.State:
         return engine.decode(model, params, state, keys, stops, np.int32(new), sampler=sampler, room=new)[1]
 
-    cache = model.init_cache(params, 1, engine.slots_for(depth + new * times), chunk=chunk)
-    return prefill, decode, engine.start(np.zeros((1, model.config.vocab), np.float32), [prompt], cache, sampler)
+    cache = model.init_cache(params, batch, engine.slots_for(depth + new * times), chunk=chunk)
+    logits = np.zeros((batch, model.config.vocab), np.float32)
+    return prefill, decode, engine.start(logits, prompts, cache, sampler)
 
 
 def report(what: str, tokens: int, run: Run, held: engine.State, args: argparse.Namespace) -> engine.State:

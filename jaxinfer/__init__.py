@@ -3,7 +3,7 @@
 from jaxinfer.engine import State, decode, left_pad, prefill, start
 from jaxinfer.generate import Piece, Stats, generate, score, stream
 from jaxinfer.loader import Loaded, Model, load
-from jaxinfer.ops import AMPERE, CPU, GPU, HOPPER, REFERENCE, Ops
+from jaxinfer.ops import AMPERE, CPU, GPU, HOPPER, HOPPER_INT8, HOPPER_INVARIANT, REFERENCE, Ops
 from jaxinfer.sample import Sampler
 from jaxinfer.session import Session
 from jaxinfer.snapkv import Eviction
@@ -16,6 +16,8 @@ __all__ = [
     "CPU",
     "GPU",
     "HOPPER",
+    "HOPPER_INT8",
+    "HOPPER_INVARIANT",
     "REFERENCE",
     "Eviction",
     "Loaded",

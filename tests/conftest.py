@@ -18,6 +18,11 @@ MOST = 40_000  # of the 65,530 mappings that a process may have, before it crash
 done = count(1)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays, and need not be looked through for garbage again and again."""
+    gc.freeze()
+
+
 def pytest_runtest_teardown() -> None:
     """Forgets compiled programs now and then, for they are the most of a process's mappings."""
     if next(done) % 20 == 0 and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 EVICTION = Eviction(press=SnapKV(window=8), keep=24)
 STOPS = np.array([-1], np.int32)
-MODELS = {"qwen3": jnp.float32, "gemma4-e": jnp.bfloat16, "qwen35": jnp.bfloat16, "gpt-oss": jnp.float32}
+MODELS = {"qwen3": jnp.float32, "gemma4-e": jnp.bfloat16, "qwen35": jnp.bfloat16}
 
 
 @cache
@@ -81,7 +81,7 @@ def test_going_on_from_a_file_is_never_having_stopped(name, tmp_path):
     assert ("bfloat16" in types) == (MODELS[name] == jnp.bfloat16)
     assert ("DeltaState" in kinds) == (name == "qwen35")
     assert rings == [256] * len(rings)
-    assert bool(rings) == (name in ("gemma4-e", "gpt-oss"))
+    assert bool(rings) == (name == "gemma4-e")
     stopped = again(whole.fork(), tmp_path / "read", eviction=EVICTION)
     assert_same(stopped, whole)
     for session in (whole, stopped):
@@ -127,7 +127,6 @@ def test_a_session_that_has_read_nothing(tmp_path):
     assert_same(again(stopped, tmp_path / "a"), empty)
 
 
-@pytest.mark.optimised
 def test_another_process_goes_on(tmp_path):
     session = begin("qwen3", 50, ctx=512)  # which no other test decodes with: a program that it compiled would be used
     session.save(tmp_path / "a")
@@ -140,7 +139,8 @@ session, sampler = Session.load({str(tmp_path / "a")!r}, model, params), Sampler
 out, _ = session.decode(session.start(sampler), 8, sampler=sampler, stops=np.array([-1], np.int32), burst=8)
 print(out[0].tolist(), np.asarray(session.logits).tobytes().hex())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in this one
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     sampler = Sampler.greedy()
     want, _ = session.decode(session.start(sampler), 8, sampler=sampler, stops=STOPS, burst=8)
     assert done.stdout.strip() == f"{want[0].tolist()} {np.asarray(session.logits).tobytes().hex()}"

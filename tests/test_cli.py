@@ -25,10 +25,10 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 MODEL = str(model_path("qwen3"))
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
-# Shapes are the same all over, so that each program is compiled once for all tests.
+# Shapes are the same all over, so that each program is compiled once for all tests, with stacked layers.
 TEXT, SAMPLER = "sea and sky", Sampler(temperature=0)
 OFF = "--no-compile-cache"
-ASK = ["-m", MODEL, "--temp", "0", "-n", "6", "--no-compile-cache"]
+ASK = ["-m", MODEL, "--temp", "0", "-n", "6", "--no-compile-cache", "--no-expand"]
 
 
 def run(capfd, *argv: str) -> tuple[int, str, str]:
@@ -42,7 +42,7 @@ def run(capfd, *argv: str) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def loaded():
-    return jaxinfer.load(MODEL)
+    return jaxinfer.load(MODEL, expand=False)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_prompts_from_files_and_stdin_lose_one_newline(capfd, monkeypatch, tmp_p
 
 
 def test_chat_template(capfd, chatty):
-    loaded = jaxinfer.load(chatty)
+    loaded = jaxinfer.load(chatty, expand=False)
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": TEXT}]
     argv = ["-m", chatty, *ASK[2:], "-p", TEXT]
     assert run(capfd, *argv, "-sys", "be")[1] == answer(loaded, messages) + "\n"
@@ -123,7 +123,7 @@ def test_chat_template(capfd, chatty):
 
 @pytest.mark.usefixtures("templates_here")
 def test_thinking_and_other_variables_of_the_chat_template(capfd, tmp_path, thinking):
-    loaded, messages = jaxinfer.load(thinking), [{"role": "user", "content": TEXT}]
+    loaded, messages = jaxinfer.load(thinking, expand=False), [{"role": "user", "content": TEXT}]
     argv = ["-m", thinking, *ASK[2:], "-p", TEXT]
 
     def told(**kwargs) -> str:
@@ -191,7 +191,7 @@ def test_run_file_is_the_command_line_and_the_command_line_wins(capfd, tmp_path,
     stop = want[2:4]
     path.write_text(
         f'model = {json.dumps(MODEL)}\nprompt = "{TEXT}"\nmax_tokens = 6\ntemperature = 0\ncompile_cache = ""\n'
-        f"stop = [{json.dumps(stop)}]\nchunk = 16\nignore_eos = false\ntop_p = 0.5\n"
+        f"stop = [{json.dumps(stop)}]\nexpand = false\nchunk = 16\nignore_eos = false\ntop_p = 0.5\n"
     )
     assert run(capfd, "run", str(path))[1] == want[: want.index(stop)] + "\n"
     assert run(capfd, "run", str(path), "--stop", "<never>")[1] == want + "\n"
@@ -327,7 +327,7 @@ def test_ctrl_c(capfd, monkeypatch):
 def process(tmp_path_factory):
     """Starts a run that takes long, in a process of its own with a home of its own."""
     home = tmp_path_factory.mktemp("home")
-    argv = ["-m", MODEL, "-p", TEXT, "-n", "4000", "--ignore-eos", "--burst", "1"]
+    argv = ["-m", MODEL, "-p", TEXT, "-n", "4000", "--ignore-eos", "--burst", "1", "--no-expand"]
 
     def start() -> subprocess.Popen[bytes]:
         environment = os.environ | {"HOME": str(home), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -488,7 +488,7 @@ def test_eviction(capfd, loaded):
 
 def test_a_session_goes_on_from_its_file(capfd, tmp_path, loaded):
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    code, out, err = run(capfd, "prefill", "-m", MODEL, "--no-compile-cache", "-p", LONG, "--save-session", first)
+    code, out, err = run(capfd, "prefill", *ASK[:2], OFF, "--no-expand", "-p", LONG, "--save-session", first)
     ids = loaded.tokenizer.encode(LONG, parse_special=True)
     assert (code, out) == (0, "")
     assert f"saved {len(ids)} tokens to {first}" in err
@@ -502,8 +502,8 @@ def test_a_session_goes_on_from_its_file(capfd, tmp_path, loaded):
 
 @pytest.mark.usefixtures("templates_here")
 def test_a_session_of_messages(capfd, tmp_path, chatty):
-    loaded, path = jaxinfer.load(chatty), str(tmp_path / "session")
-    run(capfd, "prefill", "-m", chatty, "--no-compile-cache", "-p", LONG, "--save-session", path, *EVICT)
+    loaded, path = jaxinfer.load(chatty, expand=False), str(tmp_path / "session")
+    run(capfd, "prefill", "-m", chatty, OFF, "--no-expand", "-p", LONG, "--save-session", path, *EVICT)
     messages = [{"role": "user", "content": LONG}, {"role": "user", "content": TEXT}]
     argv = ["-m", chatty, *ASK[2:], "-p", TEXT, "--session", path]
     assert run(capfd, *argv)[1] == answer(loaded, messages) + "\n"
@@ -524,7 +524,7 @@ def test_ctrl_c_saves_what_was_read(capfd, monkeypatch, tmp_path, loaded):
     monkeypatch.setattr(
         cli.Terminal, "meter", lambda self, what, unit="": meter() if unit == "tokens" else lambda *_: 0
     )
-    argv = ["prefill", "-m", MODEL, "--no-compile-cache", "-p", LONG, "-b", "16", "--save-session", path]
+    argv = ["prefill", *ASK[:2], OFF, "--no-expand", "-p", LONG, "-b", "16", "--save-session", path]
     code, _, err = run(capfd, *argv)
     read, ids = Session.load(path, loaded.model, loaded.params).tokens[0], loaded.tokenizer.encode(LONG)
     assert code == 130
@@ -569,6 +569,7 @@ def test_needles(capfd, tmp_path):
         "-m",
         MODEL,
         "--no-compile-cache",
+        "--no-expand",
         "--lengths",
         "200",
         "--depths",
@@ -594,7 +595,7 @@ def test_needles(capfd, tmp_path):
 
 def test_perplexity_under_an_eviction(capfd, loaded):
     text = " ".join(map(str, range(60)))
-    argv = ["perplexity", "-m", MODEL, "--no-compile-cache", "-p", text, "-c", "64", "-b", "32"]
+    argv = ["perplexity", *ASK[:2], OFF, "--no-expand", "-p", text, "-c", "64", "-b", "32"]
     plain, evicting = (run(capfd, *argv, *more)[1] for more in ((), EVICT))
     assert re.search(r"Final estimate: PPL = \d+\.\d{4}", plain)
     assert plain != evicting

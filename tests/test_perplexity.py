@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 @pytest.fixture(scope="module")
 def loaded():
-    return jaxinfer.load(goldens.model_path("qwen3"))
+    return jaxinfer.load(goldens.model_path("qwen3"), expand=False)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_one_scored_token_has_no_error(loaded, golden):
 
 def test_chunks_of_any_size_agree(loaded, golden):
     ids = golden.tokens
-    got = [list(perplexity(loaded.model, loaded.params, ids, ctx=20, chunk=c))[-1][1:] for c in (1, 7, 64)]
+    got = [list(perplexity(loaded.model, loaded.params, ids, ctx=15, chunk=c))[-1][1:] for c in (1, 4, 64)]
     np.testing.assert_allclose(got, [got[0]] * 3, rtol=1e-4)  # as above
 
 
@@ -101,8 +101,8 @@ def without_evicted(session: Session, kept) -> tuple:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])  # full caches alone, and beside rings that stay whole
-def test_an_eviction_is_the_full_cache_with_positions_masked(name):
-    model, params, _ = jaxinfer.load(goldens.model_path(name), expand=False)
+def test_an_eviction_is_the_full_cache_with_positions_masked(name, loaded):
+    model, params, _ = loaded if name == "qwen3" else jaxinfer.load(goldens.model_path(name), expand=False)
     ids = np.random.default_rng(3).integers(model.config.vocab, size=2 * CTX).tolist()
     scored = []
     for window in (ids[:CTX], ids[CTX:]):
@@ -118,17 +118,18 @@ def test_an_eviction_is_the_full_cache_with_positions_masked(name):
     *_, got = perplexity(model, params, ids, ctx=CTX, eviction=EVICTION)
     # Chunks and caches of other shapes: f32 sums in another order, 1e-4 in a logit as between the chunks above.
     assert math.log(got.perplexity) == pytest.approx(np.mean(scored), abs=3e-4)
-    *_, plain = perplexity(model, params, ids, ctx=CTX)
-    assert abs(math.log(plain.perplexity) - np.mean(scored)) > 3e-3, "the eviction was seen"
+    if name == "qwen3":
+        *_, plain = perplexity(model, params, ids, ctx=CTX)
+        assert abs(math.log(plain.perplexity) - np.mean(scored)) > 3e-3, "the eviction was seen"
 
 
 def test_an_eviction_in_chunks_of_any_size(loaded):
     ids = np.random.default_rng(3).integers(loaded.model.config.vocab, size=2 * CTX).tolist()
     options = {"ctx": CTX, "eviction": EVICTION, "bos": 284}
-    got = [list(perplexity(loaded.model, loaded.params, ids, chunk=chunk, **options))[-1][1:] for chunk in (7, 32)]
+    got = [list(perplexity(loaded.model, loaded.params, ids, chunk=chunk, **options))[-1][1:] for chunk in (16, CTX)]
     np.testing.assert_allclose(*got, rtol=1e-4)  # as above
     interleaved = Eviction(press=EVICTION.press, keep=KEEP, interleaved=True)
-    *_, other = perplexity(loaded.model, loaded.params, ids, chunk=7, **options | {"eviction": interleaved})
+    *_, other = perplexity(loaded.model, loaded.params, ids, chunk=16, **options | {"eviction": interleaved})
     assert other.perplexity != pytest.approx(got[0][0], rel=1e-3)
 
 

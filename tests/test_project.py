@@ -13,7 +13,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from models import random_blocks, rms_norm
-from test_matvec import gate
+from test_matvec import gate, shapes
 
 from jaxinfer import decoder
 from jaxinfer.cache import KVCache
@@ -22,9 +22,10 @@ from jaxinfer.layers.attention import AttentionParams, AttentionSpec
 from jaxinfer.layers.linear import Linear, linear, linears
 from jaxinfer.layers.mlp import MlpParams
 from jaxinfer.layers.rope import Rope, frequencies
-from jaxinfer.ops import HOPPER, HOPPER_INVARIANT, REFERENCE
+from jaxinfer.ops import HOPPER, HOPPER_INT8, HOPPER_INVARIANT, REFERENCE
 from jaxinfer.ops import matmul as matmul_ops
 from jaxinfer.ops.matmul import Norm, matmul_hopper, matmul_reference, project_hopper, project_reference
+from jaxinfer.pallas.limbs import narrowed
 from jaxinfer.quants import FORMATS, Packed, Weight, dense
 
 LAYERS, LAYER, WIDTH, EPS = 2, 1, 1024, 1e-3
@@ -85,9 +86,9 @@ def combined(kind: str, gates: tuple[np.ndarray, ...], ups: tuple[np.ndarray, ..
 
 
 CASES = {  # batch and tokens, weights, norm, activation, residual
-    "q, k, v": ((2, 2), (("Q4_K", 32), ("Q4_K", 16), ("Q6_K", 16)), True, None, False),
+    "q, k, v": ((1, 2), (("Q4_K", 32), ("Q4_0", 16), ("Q8_0", 16)), True, None, False),
     "gate and up, residual": ((2, 1), (("Q4_K", 16), ("Q5_K", 16)), True, "gelu", True),
-    "one by one": ((1, 2), (("Q4_K", 16), ("Q4_K", 24), ("BF16", 16)), True, None, False),
+    "one by one": ((2, 2), (("Q4_K", 16), ("Q4_K", 24), ("BF16", 16)), True, None, False),
 }
 
 
@@ -120,15 +121,18 @@ def test_against_float64(case, hopper):
 
 def test_a_program_says_which_way_it_takes_and_why():
     def way(lead: tuple[int, ...], *kinds: tuple[str, int], width: int = WIDTH) -> str:
-        ws = tuple(stack(kind, rows, width)[0] for kind, rows in kinds)
+        ws = tuple(plain(LAYERS, rows, width) if kind == "BF16" else shapes(kind, rows, width) for kind, rows in kinds)
         run = partial(project_hopper, matmul=matmul_hopper)
-        return marks(lambda x, ws, layer: run(x, ws, layer), normal(*lead, width), ws, jnp.int32(1))
+        return marks(lambda x, ws, layer: run(x, ws, layer), plain(*lead, width), ws, jnp.int32(1))
+
+    def plain(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
     for lead in ((1, 1), (8, 1), (2, 2)):
         text = way(lead, ("Q4_K", 64), ("Q6_K", 64))
         assert KERNEL in text
         assert DENSE not in text
-    for lead in ((1, 9), (4, 4), (1, 17), (2, 1024)):
+    for lead in ((1, 9), (4, 4), (2, 1024)):
         text = way(lead, ("Q4_K", 64), ("Q6_K", 64))
         assert DENSE in text
         assert "one by one" not in text
@@ -192,6 +196,26 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows():
 
 @quick
 @pytest.mark.usefixtures("interpreted")
+def test_activations_of_8_bits():
+    """Few rows and many have the same ones; a plain weight's are as they are."""
+    w, values = stack("Q4_K", 64, 256)
+    x = normal(1, 17, 256, seed=7)
+    run = jax.jit(lambda x, w: HOPPER_INT8.matmul(x, w, LAYER))
+    for m, form in ((2, "[packed codes and activations of 8 bits]"), (17, DENSE)):
+        rows = x[:, :m]
+        assert form in marks(run, rows, w)
+        ((want, size),) = products(narrowed(rows), [values], None)
+        check(mosaic.interpret(run, rows, w), want, size)
+    plain = normal(LAYERS, 64, 256)
+    np.testing.assert_array_equal(run(x, plain), jax.jit(lambda x, w: HOPPER.matmul(x, w, LAYER))(x, plain))
+    assert "round" not in marks(run, x, plain)
+    text = marks(run, jnp.tile(x, (1, 128, 1)), w)
+    assert "[decoded by XLA; more than 2048 rows]" in text
+    assert "round" in text
+
+
+@quick
+@pytest.mark.usefixtures("interpreted")
 def test_a_weight_alone():
     """A head is no stack, and its products are f32."""
     w, values = stack("Q6_K", 32)
@@ -233,11 +257,13 @@ def test_biases():
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_map_with_a_residual(biased):
+    """One launch where there is no bias."""
     w, values = stack("Q5_K", 16)
     bias = normal(LAYERS, 16, seed=3, dtype=jnp.float32)
     x, before = normal(2, 1, WIDTH, seed=7), normal(2, 1, 16, seed=8)
     p = Linear(w, bias if biased else None)
-    got = mosaic.interpret(jax.jit(lambda p, x, before: linear(p, LAYER, x, PACKED, before)), p, x, before)
+    run = jax.jit(lambda p, x, before: linear(p, LAYER, x, REFERENCE if biased else PACKED, before))
+    got = (run if biased else partial(mosaic.interpret, run))(p, x, before)
     ((want, size),) = products(x, [values], None)
     for more in (np.asarray(before, np.float64), np.asarray(bias[LAYER], np.float64))[: 1 + biased]:
         want, size = want + more, size + np.abs(more)
@@ -255,7 +281,7 @@ def network(heads: int, width: int, ffn: int, o_kind: str, down_kind: str) -> tu
     q, k, v, o = (
         one("Q4_K", width * heads, 0),
         one("Q4_K", width, 1),
-        one("Q6_K", width, 2),
+        one("Q8_0", width, 2),
         one(o_kind, WIDTH, 3, width * heads),
     )
     ffn_ = MlpParams(one("Q4_K", ffn, 4), one("Q4_K", ffn, 5), one(down_kind, WIDTH, 6, ffn))
@@ -313,7 +339,7 @@ def test_a_layer_of_a_model_is_four_launches():
 def test_a_layer_of_a_model():
     """Nearer to the reference in f32, on decoded weights, than the reference in bf16 is, which rounds more."""
     params, config = network(2, 32, 16, "BF16", "BF16")
-    decoded = jax.tree.map(dense, params, is_leaf=lambda w: isinstance(w, Packed))
+    decoded = jax.jit(lambda p: jax.tree.map(dense, p, is_leaf=lambda w: isinstance(w, Packed)))(params)
     x, pos = normal(1, 1, WIDTH, seed=7), jnp.full((1, 1), 6)
     k, v = (normal(LAYERS, 1, 1, 16, 32, seed=s) for s in (40, 41))
     cache = KVCache(k, v, jnp.broadcast_to(jnp.where(jnp.arange(16) < 6, jnp.arange(16), -1), (LAYERS, 1, 1, 16)))

@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
+from itertools import batched
 from pathlib import Path
 
 import chex
@@ -17,6 +19,7 @@ from jaxinfer.sample import Sampler, draw
 DATA = Path(__file__).parent / "data" / "sampling"
 OFF = Sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 WIDTH = 2000  # of the longest golden vector; the others are filled up with -inf, which no step may choose
+BATCH = 8  # cases at a time
 TOLERANCE = 1e-6  # on probabilities, as the goldens' README says: sums of up to 2000 float32 terms in another order
 
 
@@ -59,18 +62,17 @@ def sampler_of(steps) -> Sampler:
     return sampler
 
 
-def chosen(sampler, logits, history):
-    """For one row: the probabilities [V] by id, which ids are left [V], and the greedy token."""
-    last = history[-sampler.window :] if sampler.window else []
-    history = jnp.asarray([-1] * (sampler.window - len(last)) + last, jnp.int32)[None]
-    logits = jnp.asarray(logits)[None]
-    greedy = replace(sampler, temperature=0)(jax.random.split(jax.random.key(0), 1), logits, history)[0]
+def chosen(sampler, logits, histories):
+    """For each row: the probabilities [B, V] by id, which ids are left [B, V], and the greedy token [B]."""
+    last = [history[-sampler.window :] if sampler.window else [] for history in histories]
+    history = jnp.asarray([[-1] * (sampler.window - len(row)) + row for row in last], jnp.int32)
+    greedy = replace(sampler, temperature=0)(jax.random.split(jax.random.key(0), len(last)), logits, history)
     if sampler.temperature == 0:
-        left, ids = jnp.zeros((1, 1)), greedy[None, None]
+        left, ids = jnp.zeros((len(last), 1)), greedy[:, None]
     else:
         left, ids = sampler.filter(logits, history)
-    by_id = jnp.full(logits.shape, -jnp.inf).at[0, ids].set(left)
-    return np.asarray(jax.nn.softmax(by_id)[0]), np.asarray(by_id[0] > -jnp.inf), int(greedy)
+    by_id = jnp.full(logits.shape, -jnp.inf).at[jnp.arange(len(last))[:, None], ids].set(left)
+    return np.asarray(jax.nn.softmax(by_id)), np.asarray(by_id > -jnp.inf), np.asarray(greedy)
 
 
 @pytest.mark.parametrize(
@@ -79,22 +81,31 @@ def chosen(sampler, logits, history):
 def test_candidates_match_llama_cpp(goldens, group, count):
     cases = [c for c in goldens["cases"] if c["group"] == group and covered(c)]
     assert len(cases) == count
+    alike = defaultdict(list)  # cases of one sampler, which are rows of one batch
     for case in cases:  # a stage on the edge is the last one that can be compared
         edges = [i for i, stage in enumerate(case["stages"]) if stage.get("edge")]
         last = edges[0] if edges else len(case["stages"]) - 1
-        compare(goldens, case, sampler_of(case["steps"][: last + 1]), case["stages"][last])
+        alike[sampler_of(case["steps"][: last + 1])].append((case, case["stages"][last]))
+    for sampler, some in alike.items():
+        for rows in batched(some, BATCH):
+            logits = np.full((BATCH, WIDTH), -np.inf, np.float32)
+            for row, (case, _) in zip(logits, rows, strict=False):
+                start, stop = goldens["vector_offset"][case["vector"] :][:2]
+                row[: stop - start] = goldens["vector_logits"][start:stop]
+            logits[len(rows) :] = 0
+            histories = [case["history"] for case, _ in rows] + [[]] * (BATCH - len(rows))
+            found = chosen(sampler, jnp.asarray(logits), histories)
+            for (case, stage), row, *one in zip(rows, logits, *found, strict=False):
+                compare(goldens, case, sampler, stage, row, *one)
 
 
-def compare(goldens, case, sampler, stage):
-    start, stop = goldens["vector_offset"][case["vector"] :][:2]
-    logits, expected = np.full(WIDTH, -np.inf, np.float32), np.zeros(WIDTH, np.float32)
-    logits[: stop - start] = goldens["vector_logits"][start:stop]
+def compare(goldens, case, sampler, stage, logits, probs, left, greedy):
+    expected = np.zeros(WIDTH, np.float32)
     at = slice(stage["at"], stage["at"] + stage["n"])
     ids = goldens["ids"][at]
     expected[ids] = goldens["probs"][at]
     alive = ids[np.isfinite(logits[ids])] if sampler.temperature else np.flatnonzero(expected)
 
-    probs, left, greedy = chosen(sampler, logits, case["history"])
     if stage.get("edge"):
         assert abs(left.sum() - len(alive)) <= 1
         return

@@ -259,7 +259,7 @@ TEMPLATE = (
 
 
 @pytest.mark.usefixtures("templates_here")
-@pytest.mark.parametrize(("name", "evicting"), [*((name, False) for name in KINDS), ("qwen35moe", True)])
+@pytest.mark.parametrize(("name", "evicting"), [*((name, False) for name in KINDS), ("qwen3", True)])
 def test_a_chat_reads_only_what_is_new(name, evicting):
     model, params, tokenizer = load(name)
     tokenizer = replace(tokenizer, chat_template=TEMPLATE)
@@ -276,8 +276,8 @@ def test_a_chat_reads_only_what_is_new(name, evicting):
         )
         pieces = list(jaxinfer.stream(model, params, tokenizer, messages, session=session, **options))
         stats = pieces[-1].stats
-        # A recurrent state goes back to what was told before the last answer, unless another session gave that.
-        want = last if name == "qwen35moe" and not evicting else common
+        # A recurrent state goes back to what was told before the last answer.
+        want = last if name == "qwen35moe" else common
         assert (stats.reused_tokens, stats.prompt_tokens) == (want, len(ids))
         assert (stats.reused_tokens > 0) == (turn > 0)
         assert (stats.kept_bytes < stats.cache_bytes / 2) == (evicting and len(ids) > 32)
@@ -286,7 +286,7 @@ def test_a_chat_reads_only_what_is_new(name, evicting):
         )
         assert [p.token for p in pieces] == [p.token for p in alone]
         assert "".join(p.text for p in pieces) == "".join(p.text for p in alone)
-        if name == "qwen3":
+        if name == "qwen3" and not evicting and turn == 0:
             free = jaxinfer.generate(model, params, tokenizer, messages, chunk=CHUNK, ctx=SLOTS, **options)
             assert free == "".join(p.text for p in pieces)
         messages.append({"role": "assistant", "content": "".join(p.text for p in pieces)})

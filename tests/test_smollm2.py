@@ -9,22 +9,25 @@ import numpy as np
 import pytest
 
 import jaxinfer
-from jaxinfer import Sampler
+from jaxinfer import HOPPER, HOPPER_INT8, HOPPER_INVARIANT, Sampler
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/goldens/SmolLM2-135M-Instruct.Q4_1"
-CTX = 512  # one for all, so that decoding is compiled once for each form of the weights
+CTX = 512
+
+
+_RUN = tomllib.loads((ROOT / "configs/quickstart.toml").read_text())
+MODEL = {"path": _RUN["model"], "sha256": _RUN["sha256"]}
 
 
 @cache
 def load(expand: bool | None = None):
-    run = tomllib.loads((ROOT / "configs/quickstart.toml").read_text())
-    return jaxinfer.load(run["model"], sha256=run["sha256"], expand=expand)
+    return jaxinfer.load(**MODEL, expand=expand)
 
 
 @pytest.fixture
 def loaded():
-    return load(expand=False)
+    return load(False)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def golden():
     return np.load(f"{GOLDEN}.npz"), json.loads(Path(f"{GOLDEN}.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "expand"), [("short", None), ("long", False)])
+@pytest.mark.parametrize(("name", "expand"), [("short", None), ("chat", False)])
 def test_logits_and_likelihood(golden, name, expand):
     arrays, _ = golden
     model, params, _ = load(expand)
@@ -52,7 +55,7 @@ def test_logits_and_likelihood(golden, name, expand):
 def test_greedy_tokens(golden, name, expand, steps):
     arrays, _ = golden
     tokens, want = arrays[f"{name}_tokens"].tolist(), arrays[f"{name}_dequant_greedy_tokens"].tolist()
-    options = {"max_tokens": steps, "ignore_eos": True, "sampler": Sampler.greedy(), "ctx": CTX}
+    options = {"max_tokens": steps, "sampler": Sampler.greedy(), "ctx": CTX}
     assert arrays[f"{name}_dequant_greedy_margins"].min() > 0.01  # far above the noise, so the tokens are determined
     assert [p.token for p in jaxinfer.stream(*load(expand), tokens, **options)] == want[:steps]
 
@@ -69,8 +72,42 @@ def test_it_answers_in_english(loaded):
     text = jaxinfer.generate(
         *loaded,
         [{"role": "user", "content": "What is the capital of France?"}],
-        max_tokens=20,
+        max_tokens=300,  # it ends far before; as many slots as for the chat above, for which decoding is compiled
         ctx=CTX,
         sampler=Sampler.greedy(),
     )
     assert "Paris" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ops", [None, HOPPER_INVARIANT], ids=["default", "invariant"])
+@pytest.mark.parametrize("name", ["short", "chat", "long"])
+def test_greedy_tokens_on_a_gpu(golden, name, ops):
+    """With the kernels: float16 is wrong by less than half of these margins, the smallest apart."""
+    arrays, _ = golden
+    model, params, _ = jaxinfer.load(**MODEL, dtype="float16", ops=ops)
+    assert model.ops in (HOPPER, HOPPER_INVARIANT)
+    tokens, want = arrays[f"{name}_tokens"].tolist(), arrays[f"{name}_dequant_greedy_tokens"].tolist()
+    logits = jaxinfer.score(model, params, tokens + want[:-1], chunk=256)[len(tokens) - 1 :]
+    sure = arrays[f"{name}_dequant_greedy_margins"] > 0.05
+    assert sure.sum() >= 63
+    np.testing.assert_array_equal(logits.argmax(1)[sure], np.array(want)[sure])
+    options = {"max_tokens": 64, "ignore_eos": True, "sampler": Sampler.greedy()}
+    made = [p.token for p in jaxinfer.stream(model, params, None, tokens, **options)]
+    known = 64 if sure.all() else int(np.argmin(sure))
+    assert made[:known] == want[:known]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ops", [HOPPER, HOPPER_INT8], ids=["15 bits", "8 bits"])
+@pytest.mark.parametrize("chunk", [256, 8])
+def test_next_tokens_on_a_gpu_in_bfloat16(golden, ops, chunk):
+    """Many rows at a time, and few: tokens that are the best by far, as a logit is wrong by some 2^-8 of its 20."""
+    arrays, _ = golden
+    model, params, _ = jaxinfer.load(**MODEL, ops=ops)
+    for name in ("short", "chat"):
+        tokens, want = arrays[f"{name}_tokens"].tolist(), arrays[f"{name}_dequant_greedy_tokens"]
+        logits = jaxinfer.score(model, params, tokens + want[:-1].tolist(), chunk=chunk)[len(tokens) - 1 :]
+        sure = arrays[f"{name}_dequant_greedy_margins"] > 0.5
+        assert sure.sum() >= 40
+        np.testing.assert_array_equal(logits.argmax(1)[sure], want[sure])

@@ -61,13 +61,13 @@ class Case:
 
         q, k, v = (normal(b, t, n * self.width) for n in (heads * self.group, heads, heads))
         old_k, old_v = (normal(2, b, heads, self.slots, self.width) for _ in range(2))
-        held = jnp.full((2, b, heads if self.apart else 1, self.slots), 1000, jnp.int32)
+        held = jnp.asarray(np.full((2, b, heads if self.apart else 1, self.slots), 1000, np.int32))
         cache = KVCache(old_k, old_v, held, shift=None if self.shift is None else jnp.asarray(self.shift, jnp.int32))
         norms = {x: normal(2, self.width, dtype=jnp.float32) for x in ("q_norm", "k_norm")} if self.norms else {}
         return (q, k if self.keys else None, v if self.keys and self.values else None, cache, LAYER, pos), norms
 
 
-def check(got: jax.Array, want: np.ndarray, size: np.ndarray, pos: np.ndarray) -> None:
+def check(got: np.ndarray, want: np.ndarray, size: np.ndarray, pos: np.ndarray) -> None:
     """What is normed and what is rotated is rounded, each by a unit at most; an angle in f32 errs by two roundings."""
     unit, got_f64 = UNIT[str(got.dtype)], np.asarray(got, np.float64)
     noise = 2.0**-20 + 2.0**-22 * np.abs(pos)[:, None, None]
@@ -76,7 +76,8 @@ def check(got: jax.Array, want: np.ndarray, size: np.ndarray, pos: np.ndarray) -
 
 def check_case(case: Case, args: tuple, norms: dict, out: jax.Array, cache: KVCache) -> None:
     """Queries of the call and every slot of the stack, against float64."""
-    q, k, v, before, _, pos = args
+    q, k, v, before, _, pos = jax.tree.map(np.asarray, args)
+    cache, out = jax.tree.map(np.asarray, (cache, out))
     (b, t), heads, slots = pos.shape, case.kv_heads, case.slots
     weights = {x: np.asarray(w[LAYER], np.float64) for x, w in norms.items()}
     quarter = np.full(case.rotated // 2, np.pi / 2)

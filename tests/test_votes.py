@@ -50,7 +50,8 @@ def gaps(slots: int, heads: int, tokens: int, last: int) -> np.ndarray:
 def wanted(queries, valid, k, layer, pos, sinks) -> np.ndarray:
     """The definition in float64."""
     (_, window, heads, group, _), slots = queries.shape, k.shape[3]
-    q, k, pos = np.asarray(queries, np.float64), np.asarray(k[layer], np.float64), np.asarray(pos)
+    q, k, pos = np.asarray(queries, np.float64), np.asarray(k, np.float64)[layer], np.asarray(pos)
+    valid, sinks = np.asarray(valid), None if sinks is None else np.asarray(sinks)
     out = np.zeros((len(q), heads, group, slots))
     for b, head, g in np.ndindex(out.shape[:3]):
         held = pos[b, head % pos.shape[1]]
@@ -86,8 +87,7 @@ CASES = {
 def test_kernels_against_float64(case: str):
     held, options = CASES[case]
     args = inputs(held, **options)
-    got = mosaic.interpret(interpreted, *args)
-    check(got, args, RTOL[args[2].dtype.name])
+    check(mosaic.interpret(interpreted, *args), args, RTOL[args[2].dtype.name])
 
 
 def test_adversarial_logits():
@@ -95,14 +95,14 @@ def test_adversarial_logits():
     queries, valid, k, layer, pos, _ = inputs(full(140, 131), width=64, window=8, size=400.0)
     queries = queries.at[:, 0].set(0)
     k = k.at[:, :, :, :100].set(1)
-    args = queries, valid, k, layer, pos, jnp.array([-1e4, 1e4])
+    args = queries, valid, k, layer, pos, jnp.asarray([-1e4, 1e4], jnp.float32)
     got = np.asarray(mosaic.interpret(interpreted, *args))
     assert np.isfinite(got).all()
     # Logits of 2000 have errors of 2000 * 2^-17 = 0.02 and that share of their weights.
     np.testing.assert_allclose(got, wanted(*args), rtol=0.05, atol=0.05)
     np.testing.assert_allclose(got[:, :, 0].sum(-1), 8, rtol=1e-3)  # the error of a query's sum, in both passes alike
     assert not got[:, :, 1].any()  # all share to the sink
-    one, low = jnp.where(pos == 3, 3, -1), jnp.full(2, -jnp.inf)
+    one, low = jnp.asarray(np.where(pos == 3, 3, -1), jnp.int32), jnp.asarray([-np.inf] * 2, jnp.float32)
     assert not np.asarray(mosaic.interpret(interpreted, queries, valid & False, k, layer, one, low)).any()
     got = mosaic.interpret(interpreted, queries, valid, k, layer, one, low)
     want = np.broadcast_to(np.arange(140) == 3, (2, 140))  # by the last query: the others are before it
@@ -169,8 +169,9 @@ def programs(arch: tuple[int, int]) -> Iterator[mosaic.Program]:
 PROGRAMS = list(programs((9, 0)))
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program[0])
+@pytest.mark.parametrize("program", PROGRAMS[1:6] + PROGRAMS[8:], ids=lambda program: program[0])
 def test_lowers_for_hopper(program):
+    """Each width but 96, either type, and the most queries; windows of one are interpreted above."""
     _, f, args = program
     assert mosaic.lower(f, *args, arch=(9, 0)).count("mosaic_gpu_v2") == 2
 

@@ -51,8 +51,9 @@ def moe(
     All of them take x normed, if there is a norm, and are summed in f32. The router computes in f32, from
     `router_input` where that is not the same. Positions below zero mark padding, for which no expert is run.
     """
+    if p.shared_gate is not None and router_input is not None:
+        raise ValueError("the gate of a shared expert takes what the router does, which is not what experts take here")
     routed_by, before = (x, norm) if router_input is None else (router_input, None)
-    assert p.shared_gate is None or router_input is None  # the gate takes what experts do
     scores, gate = ops.scores(routed_by, p.router.weight, layer, matmul=ops.matmul, norm=before, gate=p.shared_gate)
     scores = scores if p.router.bias is None else scores + p.router.bias[layer]
     rows, valid = x.reshape(-1, x.shape[-1]), (pos >= 0).reshape(-1)

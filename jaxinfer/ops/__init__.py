@@ -64,6 +64,13 @@ HOPPER_INVARIANT = HOPPER._replace(
     project=partial(project_hopper, invariant=True),
 )
 
+# Activations of products with packed weights are rounded to 8 bits, a scale of a power of 2 for each 32 of them.
+HOPPER_INT8 = HOPPER._replace(
+    matmul=partial(matmul_hopper, narrow=True),
+    experts=partial(experts_hopper, narrow=True),
+    project=partial(project_hopper, narrow=True),
+)
+
 
 def default_ops(device: Device, dtype: np.dtype) -> Ops:
     """The fastest operations there are for activations of a type on a device."""

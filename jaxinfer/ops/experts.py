@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxinfer.ops.form import form
 from jaxinfer.ops.matmul import FEW, MOST, Norm, matmul_reference, normed
 from jaxinfer.pallas import grouped, halves, matvec
+from jaxinfer.pallas.limbs import narrowed
 from jaxinfer.pallas.reduce import UNIT, reduce, reduce_reference
 from jaxinfer.quants import Packed, Weight, at, dense
 from jaxinfer.tree import Index, pytree
@@ -124,29 +125,32 @@ def experts_hopper(
     activation: Activation,
     norm: Norm | None = None,
     invariant: bool = False,
+    narrow: bool = False,
     **options: Any,
 ) -> Float[Array, "M D"]:
     """The reference's sum, by kernels.
 
     Many rows are laid out by expert for two grouped products; few read their own choices' weights, a choice at a time.
     One launch adds up the choices. An expert's scale is multiplied with the choice's weight. `invariant`: few rows are
-    laid out, too, and a row has the same bits among any number of others, see `matmul_hopper`.
+    laid out, too, and a row has the same bits among any number of others, see `matmul_hopper`. `narrow`: what is
+    multiplied with packed weights, hidden values too, is rounded to 8 bits.
     """
     few = len(x) <= MOST and not invariant
     if why := beyond(p, few, x.dtype):
-        with form("by XLA", why):
+        with form("by XLA", f"{why}, and activations as they are" if narrow else why):
             return experts_gpu(p, layer, x, chosen, weights, valid, activation=activation, norm=norm, **options)
     if p.scale is not None:
         weights = weights * p.scale[layer, chosen].astype(jnp.float32)
+    bits = " of 8 bits" if narrow else ""
     if not few:
-        with form("grouped products"):
-            rows, place = _laid_out(p, layer, x, norm, chosen, valid, activation)
+        with form(f"grouped products{bits}"):
+            rows, place = _laid_out(p, layer, x, norm, chosen, valid, activation, narrow)
             return reduce(rows, place, weights, valid, **options)
-    with form("few rows, choice by choice"):
+    with form(f"few rows{bits}, choice by choice"):
         # A single row is padding only where all is done: then its experts are read in vain, else launches are saved.
         if len(x) > 1:
             chosen = jnp.where(valid[:, None], chosen, p.down.shape[1])
-        rows = _chosen(p, layer, x, norm, chosen, activation)
+        rows = _chosen(p, layer, x, norm, chosen, activation, narrow)
         return reduce(rows, None, weights, valid if len(x) > 1 else None, **options)
 
 
@@ -171,14 +175,14 @@ def _beyond_few(ws: list[Weight], parts: int = 1) -> str | None:
 
 
 def _chosen(
-    p: ExpertParams, layer: Index, x: Array, norm: Norm | None, chosen: Array, activation: Activation
+    p: ExpertParams, layer: Index, x: Array, norm: Norm | None, chosen: Array, activation: Activation, narrow: bool
 ) -> Float[Array, "n D"]:
     """The f32 outputs of few rows' choices, choice by choice; zeros where there is no such expert."""
     (ups, up_biases), (downs, down_biases) = _sides(p)
 
     def product(x: Array, ws: list[Weight], **options: Any) -> Array:
-        kernel = matvec if isinstance(ws[0], Packed) else halves
-        return kernel.product(x, [ws], layer, experts=chosen.reshape(-1), **options)[0]
+        kernel = partial(matvec.product, narrow=narrow) if isinstance(ws[0], Packed) else halves.product
+        return kernel(x, [ws], layer, experts=chosen.reshape(-1), **options)[0]
 
     before = {"norm": norm.weight, "eps": norm.eps} if norm else {}
     h = product(x, ups, biases=up_biases and [up_biases], combine=activation, dtype=x.dtype, **before)
@@ -186,7 +190,14 @@ def _chosen(
 
 
 def _laid_out(
-    p: ExpertParams, layer: Index, x: Array, norm: Norm | None, chosen: Array, valid: Array, activation: Activation
+    p: ExpertParams,
+    layer: Index,
+    x: Array,
+    norm: Norm | None,
+    chosen: Array,
+    valid: Array,
+    activation: Activation,
+    narrow: bool,
 ) -> tuple[Float[Array, "n D"], Int[Array, "M A"]]:
     """The outputs of many rows' choices, in x's type, laid out by expert in whole tiles; and which one is whose."""
     tile, experts = layout_tile(chosen.size, p.down.shape[1]), p.down.shape[1]
@@ -194,10 +205,11 @@ def _laid_out(
     (ups, up_biases), (downs, down_biases) = _sides(p)
     product = partial(grouped.grouped, layer=layer, starts=to.starts, tile=tile, dtype=x.dtype)
     x = normed(x, norm, layer)
-    rows = (grouped.permuted(x) if isinstance(p.gate, Packed) else x)[to.source]
+    if isinstance(p.gate, Packed):
+        x = grouped.permuted(narrowed(x) if narrow else x)
     packed = isinstance(p.down, Packed)
-    h = product(rows, ups, biases=up_biases, combine=activation, permute=packed)
-    return product(h, downs, biases=down_biases), to.place
+    h = product(x[to.source], ups, biases=up_biases, combine=activation, permute=packed)
+    return product(narrowed(h) if narrow and packed else h, downs, biases=down_biases), to.place
 
 
 def _sides(p: ExpertParams) -> list[tuple[list[Weight], list[Array] | None]]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxinfer.layers.norm import rms_norm
 from jaxinfer.ops.form import form
 from jaxinfer.pallas import grouped, halves, matvec
+from jaxinfer.pallas.limbs import narrowed
 from jaxinfer.quants import Packed, Weight, at, dense
 from jaxinfer.tree import Index, pytree, static
 
@@ -62,16 +63,18 @@ def matmul_hopper(
     *,
     dtype: DTypeLike | None = None,
     invariant: bool = False,
+    narrow: bool = False,
 ) -> Float[Array, "B T F"]:
     """The reference's product, by the kernel for packed weights that `_kernel` finds, else as `matmul_gpu`.
 
     `invariant`: one kernel takes any number of rows, from 1 on, and each row has the same bits among any number of
     others. It takes what `grouped.beyond` does not name, plain weights too; the rest is marked as not invariant.
+    `narrow`: activations are rounded to 8 bits where weights are packed, see `narrowed`.
     """
-    kernel, why = _kernel(x, [w], invariant)
+    kernel, why = _kernel(x, [w], invariant, narrow)
     if kernel is None:
         with nullcontext() if why is None else form("not invariant" if invariant else "decoded by XLA", why):
-            return matmul_gpu(x, w, layer, dtype=dtype)
+            return matmul_gpu(narrowed(x) if narrow and isinstance(w, Packed) else x, w, layer, dtype=dtype)
     w = w if layer is not None else jax.tree.map(lambda plane: plane[None], w)
     return kernel(x, [[w]], 0 if layer is None else layer, dtype=dtype or x.dtype)[0]
 
@@ -117,13 +120,14 @@ def project_hopper(
     combine: Callable[..., Array] | None = None,
     residual: Float[Array, "B T F"] | None = None,
     invariant: bool = False,
+    narrow: bool = False,
     **options: Any,
 ) -> tuple[Float[Array, "B T _"], ...]:
     """The reference's products, in one launch where a kernel takes all of the weights, see `matmul_hopper`.
 
     A row's bits are then those of its products alone, but for the norm and the residual, which XLA adds to many rows.
     """
-    kernel, why = _kernel(x, weights, invariant)
+    kernel, why = _kernel(x, weights, invariant, narrow)
     if kernel is None:
         with nullcontext() if why is None else form("one by one", why):
             return project_reference(x, weights, layer, norm=norm, combine=combine, residual=residual, **options)
@@ -134,12 +138,13 @@ def project_hopper(
 type _Kernel = Callable[..., tuple[Array, ...]]
 
 
-def _kernel(x: Array, weights: Sequence[Weight], invariant: bool) -> tuple[_Kernel | None, str | None]:
+def _kernel(x: Array, weights: Sequence[Weight], invariant: bool, narrow: bool) -> tuple[_Kernel | None, str | None]:
     """What multiplies x with all of the weights, None for XLA, and why it is not the best for so many rows, if so.
 
-    The kernel for few rows multiplies each of them by itself, which is worth it up to FEWEST: the other one takes as
-    long for 64 as for one. That one decodes a weight once for 256 rows; XLA decodes it once, at what 500 rows cost, and
-    cuBLAS multiplies up to a fifth faster, which is worth it for more than MANY rows, or where x is LARGE.
+    The kernel for few rows multiplies each of them by itself, or two that are narrow, which is worth it up to FEWEST,
+    or to MOST: the other one takes as long for 64 as for one. That one decodes a weight once for 256 rows; XLA decodes
+    it once, at what 500 rows cost, and cuBLAS multiplies up to a fifth faster, which is worth it for more than MANY
+    rows, or where x is LARGE.
     """
     rows, packed = x.shape[0] * x.shape[1], any(isinstance(w, Packed) for w in weights)
     if not (packed or invariant):
@@ -149,9 +154,9 @@ def _kernel(x: Array, weights: Sequence[Weight], invariant: bool) -> tuple[_Kern
         return None, f"more than {MANY} rows" if rows > MANY else f"more than {LARGE} activations"
     few = [_few] if rows <= MOST and not invariant else []
     first = None
-    for kernel in [*few, _many] if rows <= FEWEST else [_many, *few]:
+    for kernel in [*few, _many] if rows <= (MOST if narrow else FEWEST) else [_many, *few]:
         if not (why := _beyond(kernel, x, weights)):
-            return partial(kernel, why=first), first
+            return partial(kernel, why=first, narrow=narrow), first
         first = first or why
     return None, first
 
@@ -175,13 +180,15 @@ def _few(
     norm: Norm | None = None,
     *,
     why: str | None,
+    narrow: bool = False,
     residual: Array | None = None,
     **options: Any,
 ) -> tuple[Array, ...]:
     """Products of `pallas.matvec`, or of `pallas.halves` for plain weights, with x as rows, normed within."""
     packed = isinstance(sets[0][0], Packed)
-    product = matvec.product if packed else halves.product
-    with form("packed codes and activations of 15 bits" if packed else "weights of 16 bits, in place", why):
+    product = partial(matvec.product, narrow=narrow) if packed else halves.product
+    codes = f"packed codes and activations of {8 if narrow else 15} bits"
+    with form(codes if packed else "weights of 16 bits, in place", why):
         rows = x.reshape(-1, x.shape[-1])
         before = {"norm": norm.weight, "eps": norm.eps} if norm else {}
         residual = None if residual is None else residual.reshape(len(rows), -1)
@@ -196,11 +203,13 @@ def _many(
     norm: Norm | None = None,
     *,
     why: str | None,
+    narrow: bool = False,
     residual: Array | None = None,
     **options: Any,
 ) -> tuple[Array, ...]:
     """Products of `pallas.grouped`, with x as rows."""
     with form("weights as the tensor cores' left operand", why):
         rows = normed(x, norm, layer).reshape(-1, x.shape[-1])
+        rows = narrowed(rows) if narrow and isinstance(sets[0][0], Packed) else rows
         ys = [y.reshape(*x.shape[:-1], -1) for y in grouped.ungrouped(rows, sets, layer, **options)]
         return tuple(ys if residual is None else [residual + y for y in ys])

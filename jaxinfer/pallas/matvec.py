@@ -5,7 +5,8 @@ warp has 16, where rows are short or end within a unit. It stays for several suc
 the file has them, over the ends of tiles, and scales are loaded a step ahead into registers. The tensor
 cores multiply them with activations as two limbs of 8 bits, so that all sums within a group are exact. The 8 columns of
 a product are both limbs of 4 groups: the codes of a group meet those of the other three in vain, but a scale is then
-applied once a unit, by one thread. Every token has products of its own: its bits do not depend on the others.
+applied once a unit, by one thread. Every token has products of its own: its bits do not depend on the others. Narrow
+activations have one limb, so that two tokens share a product.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ def _step(width: int) -> Step:
     return WIDE if width % UNIT == 0 and width >= WARPS * UNIT else TALL
 
 
-@partial(jax.jit, static_argnames=("eps", "combine", "dtype", "warpgroups", "ctas", "interpret"))
+@partial(jax.jit, static_argnames=("eps", "narrow", "combine", "dtype", "warpgroups", "ctas", "interpret"))
 def product(
     x: Limbs | Float[Array, "M D"],
     weights: Sequence[Sequence[Packed]],
@@ -67,6 +68,7 @@ def product(
     *,
     norm: Float[Array, "R D"] | None = None,
     eps: float | None = None,
+    narrow: bool = False,
     experts: Int[Array, " C"] | None = None,
     biases: Sequence[Sequence[Float[Array, "..."]]] | None = None,
     combine: Callable[..., Array] | None = None,
@@ -79,7 +81,7 @@ def product(
     """y = w[layer] x for the limbs of M = C tokens and each w [R, F, D], in one launch, summed in f32.
 
     Limbs of activations, which are normed before if there is an eps (see limbs.py), are made by each CTA for itself
-    where they are few and have one token each, else by a launch before.
+    where they are few and have one token each, else by a launch before. `narrow` ones have 8 bits.
 
     A set of several weights of equal shapes gives one result, combine(y, ...). A single one gives y or, where there is
     something to combine, combine(first half of y, second half). `biases` [R, F], one for each weight, are added to its
@@ -92,7 +94,7 @@ def product(
 
     Raises NotImplementedError for weights that are `beyond` the kernel, ValueError for shapes that do not fit.
     """
-    m, axes = len(x.codes if isinstance(x, Limbs) else x), 3 if experts is None else 4
+    m, axes = len(x.scale if isinstance(x, Limbs) else x), 3 if experts is None else 4
     c = m if experts is None else len(experts)
     if c % m:
         raise ValueError(f"{c} choices are no multiple of {m} tokens")
@@ -108,6 +110,9 @@ def product(
     step = _step(width)
     steps = -(-width // (step.units * UNIT))
     tokens = min(m, TOKENS) if experts is None else 1  # of a CTA
+    pairs = len(x.codes) < m if isinstance(x, Limbs) else narrow and tokens > 1
+    if pairs:
+        tokens += tokens % 2
     tiles, row = sum(heights) // step.rows, None
     if warpgroups is None:
         few = experts is None and tiles <= 2 * PROCESSORS and eps is None  # one makes a norm's sum of squares
@@ -124,7 +129,8 @@ def product(
             row = Row(width, x.dtype)
             given = row.view(x), x, None if norm is None else row.view(norm)
         else:
-            given = limbs(x, norm, layer, eps, interpret=interpret)
+            x = jnp.pad(x, ((0, m % 2), (0, 0))) if pairs else x
+            given = limbs(x, norm, layer, eps, narrow=narrow, pairs=pairs, interpret=interpret)
     each_weight = [[w for w in one for _ in range(n)] for one, n in zip(weights, parts, strict=True)]
     sizes = [
         step.rows * step.units * size for one in each_weight for w in one for _, size in TILES[w.format.name].codes
@@ -132,15 +138,19 @@ def product(
     free = MEMORY * warpgroups // PLACES - (3 * width if row else 0)
     depth = min(max(free // (warpgroups * sum(sizes)), STAGES[0]), STAGES[1], steps * each_tiles)
     pad = -c % tokens
-    if pad:
-        given, residual = jax.tree.map(lambda a: jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))), (given, residual))
+
+    def fill(a: Array, rows: int) -> Array:
+        return jnp.pad(a, ((0, rows - len(a)), *((0, 0),) * (a.ndim - 1)))
+
     if row is None:
-        given = _views(given, len(given.codes), step, width)
+        rows_of_codes = (m + pad) // 2 if pairs else m + pad
+        given = Limbs(fill(given.codes, rows_of_codes), fill(given.scale, m + pad), fill(given.sums, m + pad))
+        given = _views(given, m + pad, step, width, pairs)
     of_tile, row_layout = ((WARPS, 16), HEADS) if step == TALL else ((16,), PARTIAL)
     planes = [[views(w, step) for w in one] for one in weights]
     biases = [[b.reshape(-1, *of_tile) for b in one] for one in biases or ()]
     if residual is not None:
-        residual = residual.reshape(c + pad, -1, *of_tile)
+        residual = fill(residual, c + pad).reshape(c + pad, -1, *of_tile)
 
     def rows(ref: Any, *index: Any) -> Any:
         """Those of a tile, as in `row_layout`."""
@@ -155,7 +165,7 @@ def product(
         rms = None if eps is None else row.inverse_rms(row_gmem.at[token], eps)
         ws = [None if norm_gmem is None else row.load(norm_gmem.at[layer], part) for part in there]
         for part, x, w in zip(parts, xs, ws, strict=True):
-            one = partial(row.make, part, x, rms, w, out, partial(registers.write, interpret=interpret))
+            one = partial(row.make, part, x, rms, w, out, partial(registers.write, interpret=interpret), narrow=narrow)
             if row.parts % warpgroups and part is parts[-1]:
                 pl.when(part < row.parts)(one)
             else:
@@ -175,7 +185,7 @@ def product(
             chosen = (expert >= 0) & (expert < count)
             stack, own_steps = stack * count + jnp.where(chosen, expert, 0), jnp.where(chosen, own_steps, 0)
         token = lax.div(first, jnp.int32(c // m))
-        share = _Share(step, width, given_gmem, token, tokens, own_steps, wg, warpgroups, depth, interpret)
+        share = _Share(step, width, given_gmem, token, tokens, own_steps, wg, warpgroups, depth, pairs, interpret)
 
         def work(share: _Share, i: int) -> list[_Rows]:
             """Of each weight of a set the tiles that this CTA has."""
@@ -269,16 +279,17 @@ def product(
     return tuple(o.reshape(c + pad, -1)[:c] for o in outs)
 
 
-def _views(x: Limbs, m: int, step: Step, width: int) -> dict[int, Any]:
+def _views(x: Limbs, m: int, step: Step, width: int, pairs: bool = False) -> dict[int, Any]:
     """Scales, and codes and sums by groups of 16 and of 32: of a token, or of each of its units that warps share.
 
     Of arrays, or of refs.
     """
-    lead, runs = ((m,), width // RUN) if step == TALL else ((m, width // UNIT), RUNS)
+    of_row = (width // RUN,) if step == TALL else (width // UNIT, RUNS)
+    of_codes, of_token, runs = (m // 2 if pairs else m, *of_row[:-1]), (m, *of_row[:-1]), of_row[-1]
     return {
-        0: x.scale.reshape(*lead, runs),
-        16: [x.codes.reshape(*lead, 2 * runs, 2, 4), x.sums.reshape(*lead, 2 * runs)],
-        32: [x.codes.reshape(*lead, runs, 2, 2, 4), x.sums.reshape(*lead, runs, 2)],
+        0: x.scale.reshape(*of_token, runs),
+        16: [x.codes.reshape(*of_codes, 2 * runs, 2, 4), x.sums.reshape(*of_token, 2 * runs)],
+        32: [x.codes.reshape(*of_codes, runs, 2, 2, 4), x.sums.reshape(*of_token, runs, 2)],
     }
 
 
@@ -295,6 +306,7 @@ class _Share:
     wg: Any
     warpgroups: int
     depth: int
+    pairs: bool
     interpret: bool
 
 
@@ -374,17 +386,22 @@ class _Rows:
             affine = self._affine(unit)
             codes = [form.values(unit, i) for i in range(16)]
             terms = [zero[jnp.float32]] * s.tokens
+            each = 2 if s.pairs else 1  # tokens of a product
             for half, (scale, offset) in enumerate(affine):
-                for t in range(s.tokens):
-                    x = _Activations(s.given, s.first_token + t, s.step, run, half, form.group, interpret)
-                    z = zero[jnp.int32]
+                for t in range(0, s.tokens, each):
+                    xs = [
+                        _Activations(s.given, s.first_token + t + i, each, s.step, run, half, form.group, interpret)
+                        for i in range(each)
+                    ]
+                    zs = (zero[jnp.int32],) * each
                     for g in range(GROUPS):
                         a = codes[8 * half + g :][:1] if narrow else codes[2 * g :][:2]
-                        limbs = registers.mma(zero[jnp.int32], tuple(a), x.limbs(g // 4), interpret=interpret)
-                        z = registers.put(z, limbs, g, interpret=interpret)
-                    terms[t] = terms[t] + scale * x.scale() * z.astype(jnp.float32)
-                    if offset is not None:
-                        terms[t] = terms[t] + offset * x.sums()
+                        limbs = registers.mma(zero[jnp.int32], tuple(a), xs[0].limbs(g // 4), interpret=interpret)
+                        zs = registers.put(zs, limbs, g, interpret=interpret)
+                    for i, (x, z) in enumerate(zip(xs, zs, strict=True), t):
+                        terms[i] = terms[i] + scale * x.scale() * z.astype(jnp.float32)
+                        if offset is not None:
+                            terms[i] = terms[i] + offset * x.sums()
             if s.width % (UNIT * s.step.units):
                 warp, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=SUMS) for axis in (1, 2))
                 # of the warp's unit, or of the group: a row that ends within a unit has groups of 32
@@ -396,39 +413,44 @@ class _Rows:
 
 
 class _Activations:
-    """Limbs of a token for 8 groups of each warp's unit: of 32 elements, or of 16 of one half of it."""
+    """Limbs of a token for 8 groups of each warp's unit: of 32 elements, or of 16 of one half of it.
 
-    def __init__(self, given: Any, token: Any, step: Step, run: Any, half: int, group: int, interpret: bool):
+    Codes are of `each` tokens.
+    """
+
+    def __init__(self, given: Any, token: Any, each: int, step: Step, run: Any, half: int, group: int, interpret: bool):
         self.token, self.step, self.run, self.interpret = token, step, run, interpret
+        self.place = token if each == 1 else lax.div(token, jnp.int32(each))
         self.wide, self.first = group == 32, 8 * half
         self.scales, (self.codes, self.parts) = given[0], given[group]
         self.loaded: dict[int, tuple[Array, ...]] = {}
 
-    def _load(self, ref: Any, layout: Any, each: int, first: int, count: int, *part: int) -> Array:
+    def _load(self, row: Any, ref: Any, layout: Any, each: int, first: int, count: int, *part: int) -> Array:
         """`count` entries from a unit's `first` on, of which a run has `each`; the warps of TALL have the same ones."""
         if self.step == TALL:
             here, layout = (pl.ds(self.run * each + first, count),), layout.reduce((0,))
         else:
             here = pl.ds(lax.div(self.run, jnp.int32(RUNS)), WARPS), pl.ds(first, count)
-        return registers.load(ref, (self.token, *here, *part), layout)
+        return registers.load(ref, (row, *here, *part), layout)
 
     def limbs(self, s: int) -> tuple[Array, ...]:
         """Of groups 4 s to 4 s + 3, of each 16 elements."""
         if s not in self.loaded:
             parts = [(1, 4 * s, 4, u) for u in (0, 1)] if self.wide else [(2, self.first + 4 * s, 4)]
-            self.loaded[s] = tuple(self._load(self.codes, LIMBS, *part) for part in parts)
+            self.loaded[s] = tuple(self._load(self.place, self.codes, LIMBS, *part) for part in parts)
         return self.loaded[s]
 
     def scale(self) -> Sums:
         of, first, count = (COLUMNS, 0, 4) if self.wide else (COUPLES, self.first // 2, 2)
-        a, b = (self._load(self.scales, of, 1, first + count * s, count) for s in (0, 1))
+        a, b = (self._load(self.token, self.scales, of, 1, first + count * s, count) for s in (0, 1))
         return self._spread(a, b, of)
 
     def sums(self) -> Sums:
         def group(s: int) -> Array:
             if not self.wide:
-                return self._load(self.parts, COLUMNS, 2, self.first + 4 * s, 4)
-            return self._load(self.parts, COLUMNS, 1, 4 * s, 4, 0) + self._load(self.parts, COLUMNS, 1, 4 * s, 4, 1)
+                return self._load(self.token, self.parts, COLUMNS, 2, self.first + 4 * s, 4)
+            first, second = (self._load(self.token, self.parts, COLUMNS, 1, 4 * s, 4, u) for u in (0, 1))
+            return first + second
 
         return self._spread(group(0), group(1), COLUMNS)
 

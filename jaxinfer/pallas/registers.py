@@ -233,25 +233,36 @@ def mma(acc: Sums, a: tuple[Words, ...], b: tuple[Int[Array, "*warp 4 2 4"], ...
     return multiply(acc, a, b)
 
 
-def put(acc: Sums, limbs: Sums, group: int, *, interpret: bool) -> Sums:
-    """acc where column 2 t + s is now 256 times column 2 t of `limbs` plus its column 2 t + 1, for group 4 s + t."""
+def put(accs: tuple[Sums, ...], limbs: Sums, group: int, *, interpret: bool) -> tuple[Sums, ...]:
+    """Columns 2 t and 2 t + 1 of `limbs` in column 2 t + s, for group 4 s + t: each in an array of its own, or in one.
+
+    There it is 256 times the first plus the second.
+    """
     s, t = divmod(group, 4)
     if interpret:
-        return acc.at[:, :, 2 * t + s].set(256 * limbs[:, :, 2 * t] + limbs[:, :, 2 * t + 1])
+        first, second = limbs[:, :, 2 * t], limbs[:, :, 2 * t + 1]
+        values = (256 * first + second,) if len(accs) == 1 else (first, second)
+        return tuple(acc.at[:, :, 2 * t + s].set(value) for acc, value in zip(accs, values, strict=True))
+    out = plgpu.ShapeDtypeStruct((16, 4, 8), jnp.int32, SUMS)
 
-    @inline(arg_types=(SUMS, SUMS), return_type=plgpu.ShapeDtypeStruct((16, 4, 8), jnp.int32, SUMS))
-    def select(ctx: Any, acc: fa.FragmentedArray, limbs: fa.FragmentedArray) -> fa.FragmentedArray:
+    @inline(arg_types=((SUMS,) * len(accs), SUMS), return_type=(out,) * len(accs))
+    def select(ctx: Any, accs: Any, limbs: fa.FragmentedArray) -> tuple[fa.FragmentedArray, ...]:
         lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(4, _i32()))
         mine = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.c(t, _i32()))
-        out = []
-        for old, new in zip(acc.registers.flatten(), limbs.registers.flatten(), strict=True):
-            value = arith.addi(arith.muli(_element(new, 0), mgpu.c(256, _i32())), _element(new, 1))
-            pair = [_element(old, 0), _element(old, 1)]
-            pair[s] = arith.select(mine, value, pair[s])
-            out.append(vector.from_elements(ir.VectorType.get((2,), _i32()), pair))
-        return _array(out, SUMS, (16, 4, 8))
+        made = []
+        for i, acc in enumerate(accs):
+            rows = []
+            for old, new in zip(acc.registers.flatten(), limbs.registers.flatten(), strict=True):
+                value = _element(new, i)
+                if len(accs) == 1:
+                    value = arith.addi(arith.muli(value, mgpu.c(256, _i32())), _element(new, 1))
+                pair = [_element(old, 0), _element(old, 1)]
+                pair[s] = arith.select(mine, value, pair[s])
+                rows.append(vector.from_elements(ir.VectorType.get((2,), _i32()), pair))
+            made.append(_array(rows, SUMS, (16, 4, 8)))
+        return tuple(made)
 
-    return select(acc, limbs)
+    return select(accs, limbs)
 
 
 def lookup(x: Words, table: Sequence[int], *, interpret: bool) -> Words:
