@@ -19,6 +19,7 @@ from jaxinfer import (
     bench_attention,
     bench_matmul,
     bench_moe,
+    compiling,
     gguf,
     hub,
     memory,
@@ -104,6 +105,9 @@ def run_chat(given: Given, terminal: Terminal) -> None:
 
 def run_bench(given: Given, terminal: Terminal) -> None:
     tests = bench.tests(given.get("n_prompt", [512]), given.get("n_gen", [128]), given.get("n_depth", [0]))
+    if given.get("compile"):
+        _bench_compile(given, terminal, tests)
+        return
     file = gguf.read(_fetch(given, terminal))
 
     def rows(dtype: str | None) -> Iterator[dict[str, Any]]:
@@ -119,6 +123,20 @@ def run_bench(given: Given, terminal: Terminal) -> None:
     every = (one for dtype in given.get("dtype", [None]) for one in rows(dtype))
     varied = [name for name in ("chunk", "dtype") if len(given.get(name, [])) > 1]
     for line in bench.table(every, given.get("output", "md"), varied):
+        print(line, flush=True)
+
+
+def _bench_compile(given: Given, terminal: Terminal, tests: list[bench.Test]) -> None:
+    def costs(dtype: str | None) -> Iterator[compiling.Cost]:
+        with _notes(terminal):
+            found = describe(_fetch(given, terminal), **_pick({**given, "dtype": dtype}, "dtype", "expand"))
+        for chunk in given.get("chunk", [None]):
+            for test in tests:
+                terminal.busy(f"compiling {test}")
+                yield from compiling.measure(found, test, chunk=chunk, **_pick(given, "burst"))
+
+    every = (one for dtype in given.get("dtype", [None]) for one in costs(dtype))
+    for line in compiling.table(every, given.get("output", "md")):
         print(line, flush=True)
 
 
@@ -281,7 +299,8 @@ def _configure(given: Given) -> str:
         if found != device:
             raise ValueError(f"--device {device}: JAX runs on the {found}; a GPU needs jaxinfer[cuda12] or [cuda13]")
     cache = given.get("compile_cache", str(Path.home() / ".cache" / "jaxinfer" / "xla"))
-    if given.get("compile"):  # is timed, and would be a look into the cache
+    if given.get("compile"):  # is timed, and would be a look into the cache, which the environment may set as well
+        jax.config.update("jax_enable_compilation_cache", False)
         cache = ""
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)

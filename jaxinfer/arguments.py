@@ -171,6 +171,7 @@ BENCH = (
     Option("--burst", int, "tokens that one call decodes"),
     Option("-r --repetitions", int, "runs of each test, after one that does not count"),
     Option("-o --output", str, "form of the table", {"choices": bench.FORMS}),
+    Option("--compile", bool, "shows what compiling these programs and their kernels takes, and no speeds"),
 )
 TIMED = (
     Option("-r --repetitions", int, "samples of each, after those that do not count"),

@@ -114,18 +114,21 @@ def reduce(
 
         choices = [token * used + a for a in range(used)]
         places = choices if place_gmem is None else [of_token(place_gmem, choice) for choice in choices]
+        # All is asked for before anything is waited for.
+        factors = [of_token(weights_gmem, choice) for choice in choices]
+        valid, gate = (None if ref is None else of_token(ref) for ref in (valid_gmem, gate_gmem))
+        shared, residual = (None if ref is None else own(ref) for ref in (shared_gmem, residual_gmem))
         ys = [
             gather(rows_gmem, across(to * width + vector * VECTOR) + element, VECTORS, interpret=interpret)
             for to in places
         ]
-        y: Any = sum(product(of_token(weights_gmem, choice), y) for choice, y in zip(choices, ys, strict=True))
-        if valid_gmem is not None:
-            y = jnp.where(across(of_token(valid_gmem)) > 0, y, 0.0)
-        if shared_gmem is not None:
-            one = own(shared_gmem)
-            y += one.astype(jnp.float32) if gate_gmem is None else product(jax.nn.sigmoid(of_token(gate_gmem)), one)
-        if residual_gmem is not None:
-            y += own(residual_gmem).astype(jnp.float32)
+        y: Any = sum(map(product, factors, ys))
+        if valid is not None:
+            y = jnp.where(across(valid) > 0, y, 0.0)
+        if shared is not None:
+            y += shared.astype(jnp.float32) if gate is None else product(jax.nn.sigmoid(gate), shared)
+        if residual is not None:
+            y += residual.astype(jnp.float32)
         store(out_gmem.at[mine], y.astype(dtype))
 
     def view(x: Array | None) -> Array | None:
