@@ -14,11 +14,13 @@ from models import Spec, angles, attend, rms_norm, rotate, silu
 
 BLOCK = 8  # of llama4, whose files have 8192 always: tests patch the product
 
-# Files: the shapes of their tensors first.
+# Files: the shapes of their tensors first. Tests of wider models patch the sizes, which files and formulae both have.
 
 type Shapes = dict[str, tuple[int, ...]]
 
 D, HEAD, FFN, EXPERT_FFN, VOCAB = 24, 10, 20, 12, 67
+WIDE = 16  # heads of gemma4's full layers
+STATE = 6  # width of a delta net's heads
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class File:
         return {"general.architecture": self.arch} | {f"{self.arch}.{k}": v for k, v in self.keys.items()}
 
 
-def attention(*, q: int = 4, kv: int = 2, head: int = HEAD, gates: int = 0, norms: str = "head") -> Shapes:
+def attention(*, q: int = 4, kv: int = 2, head: int | None = None, gates: int = 0, norms: str = "head") -> Shapes:
     """`q` heads of queries, `kv` of keys and of values; `gates` more of q; `norms` of each "head", of "all", or ""."""
+    head = head or HEAD
     out = {"attn_q.weight": ((q + gates) * head, D), "attn_output.weight": (D, q * head)}
     out |= {f"attn_{name}.weight": (kv * head, D) for name in "kv"}
     if norms:
@@ -42,19 +45,21 @@ def attention(*, q: int = 4, kv: int = 2, head: int = HEAD, gates: int = 0, norm
     return out
 
 
-def mlp(ffn: int = FFN, suffix: str = "") -> Shapes:
+def mlp(ffn: int | None = None, suffix: str = "") -> Shapes:
+    ffn = ffn or FFN
     out = {f"ffn_{name}{suffix}.weight": (ffn, D) for name in ("gate", "up")}
     return out | {f"ffn_down{suffix}.weight": (D, ffn)}
 
 
-def experts(count: int, *, ffn: int = EXPERT_FFN, shared: int = 0) -> Shapes:
+def experts(count: int, *, ffn: int | None = None, shared: int = 0) -> Shapes:
+    ffn = ffn or EXPERT_FFN
     out = {f"ffn_{name}_exps.weight": (count, ffn, D) for name in ("gate", "up")}
     out |= {"ffn_gate_inp.weight": (count, D), "ffn_down_exps.weight": (count, D, ffn)}
     return out | (mlp(shared, "_shexp") if shared else {})
 
 
-def vectors(*names: str, size: int = D) -> Shapes:
-    return {f"{name}.weight": (size,) for name in names}
+def vectors(*names: str, size: int | None = None) -> Shapes:
+    return {f"{name}.weight": (size or D,) for name in names}
 
 
 def biases(shapes: Shapes, *names: str) -> Shapes:
@@ -131,25 +136,23 @@ def decoder(
     norms: str = "",
     biased: tuple[str, ...] = (),
     mixture: int = 0,
-    ffn: int = EXPERT_FFN,
+    ffn: int | None = None,
     tied: bool = True,
 ) -> File:
     """Llama's kind of layers, with a `mixture` of so many experts if that is not 0."""
+    ffn = ffn or EXPERT_FFN
     feed_forward = experts(mixture, ffn=ffn) if mixture else mlp()
     layer = biases(vectors("attn_norm", "ffn_norm") | attention(norms=norms) | feed_forward, *biased)
     counts = {"expert_count": mixture, "expert_used_count": 2, "expert_feed_forward_length": ffn} if mixture else {}
     return build(arch, layers, lambda i: layer, counts, keys, {} if tied else {"output.weight": (VOCAB, D)})
 
 
-GEMMA = vectors("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+GEMMA = "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"
 
 
 def gemma3(keys: Mapping[str, Any] | None = None, *, layers: int = 2) -> File:
     own = {"attention.sliding_window": 5, "rope.freq_base": 1e6}
-    return build("gemma3", layers, lambda i: GEMMA | attention() | mlp(), own, keys)
-
-
-WIDE = 16  # heads of gemma4's full layers
+    return build("gemma3", layers, lambda i: vectors(*GEMMA) | attention() | mlp(), own, keys)
 
 
 def gemma4(
@@ -166,7 +169,8 @@ def gemma4(
 
     def layer(i: int) -> Shapes:
         head, kv = (HEAD, kv_heads[0]) if sliding[i] else (WIDE, kv_heads[1])
-        out = GEMMA | attention(kv=kv, head=head) | mlp(ffn[i] if ffn else FFN) | vectors("layer_output_scale", size=1)
+        out = vectors(*GEMMA) | attention(kv=kv, head=head) | mlp(ffn[i] if ffn else FFN)
+        out |= vectors("layer_output_scale", size=1)
         if i >= len(sliding) - shared:
             out = {name: shape for name, shape in out.items() if name[:6] not in ("attn_k", "attn_v")}
         if inputs:
@@ -204,12 +208,12 @@ def gemma4(
     return build("gemma4", len(sliding), layer, own, keys, other)
 
 
-def gpt_oss(keys: Mapping[str, Any] | None = None, *, layers: int = 3) -> File:
-    layer = vectors("attn_norm", "post_attention_norm") | attention(norms="") | experts(5)
+def gpt_oss(keys: Mapping[str, Any] | None = None, *, layers: int = 3, mixture: int = 5) -> File:
+    layer = vectors("attn_norm", "post_attention_norm") | attention(norms="") | experts(mixture)
     layer = biases(layer, *(f"attn_{name}" for name in ("q", "k", "v", "output")), "ffn_gate_inp")
     layer = biases(layer, *(f"ffn_{name}_exps" for name in ("gate", "up", "down"))) | vectors("attn_sinks", size=4)
     yarn = {"type": "yarn", "factor": 8.0, "original_context_length": 16}
-    own = {"attention.sliding_window": 7, "rope.freq_base": 150000.0, "expert_count": 5, "expert_used_count": 3}
+    own = {"attention.sliding_window": 7, "rope.freq_base": 150000.0, "expert_count": mixture, "expert_used_count": 3}
     own |= {"expert_feed_forward_length": EXPERT_FFN} | {f"rope.scaling.{k}": v for k, v in yarn.items()}
     file = build("gpt-oss", layers, lambda i: layer, own, keys, {"output.weight": (VOCAB, D)})
     # so that the clamps of the activation are met
@@ -230,9 +234,6 @@ def llama4(keys: Mapping[str, Any] | None = None, *, layers: int = 4, step: int 
     )
 
 
-STATE = 6  # width of a delta net's heads
-
-
 def hybrid(
     arch: str,
     keys: Mapping[str, Any] | None = None,
@@ -241,6 +242,7 @@ def hybrid(
     full: tuple[int, ...] = (3,),
     key_heads: int = 2,
     value_heads: int = 4,
+    mixture: int = 5,
     drafts: bool = False,
     tied: bool = True,
 ) -> File:
@@ -259,7 +261,7 @@ def hybrid(
         net |= {"ssm_ba.weight": (2 * value_heads, D)}
     else:
         net |= {f"ssm_{name}.weight": (value_heads, D) for name in ("alpha", "beta")}
-    feed_forward = mlp() if arch == "qwen35" else experts(5, shared=FFN) | vectors("ffn_gate_inp_shexp")
+    feed_forward = mlp() if arch == "qwen35" else experts(mixture, shared=FFN) | vectors("ffn_gate_inp_shexp")
     both = vectors("attn_norm", "post_attention_norm") | feed_forward
 
     def layer(i: int) -> Shapes:
@@ -279,7 +281,7 @@ def hybrid(
     if arch != "qwen3next":
         own["rope.dimension_sections"] = [2, 1, 1, 0]
     if arch != "qwen35":
-        own |= {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
+        own |= {"expert_count": mixture, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
         own["expert_shared_feed_forward_length"] = FFN
     if drafts:
         own["nextn_predict_layers"] = 1

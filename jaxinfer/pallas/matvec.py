@@ -176,7 +176,7 @@ def product(
             plgpu.barrier_wait(met)
 
     def few_products(layer_gmem, experts_gmem, given_gmem, planes_gmem, biases_gmem, residual_gmem, *rest):
-        *outs_gmem, smem, full, met, sums_smem, made_smem = rest
+        *outs_gmem, smem, full, met, sums_smem, spare_smem, made_smem = rest
         cta, first = lax.axis_index("cta"), lax.axis_index("row") * tokens
         wg = lax.axis_index("wg") if warpgroups > 1 else 0
         stack, own_steps, chosen = layer_gmem[0], lax.div(steps - 1 - wg, warpgroups) + 1, True
@@ -185,7 +185,9 @@ def product(
             chosen = (expert >= 0) & (expert < count)
             stack, own_steps = stack * count + jnp.where(chosen, expert, 0), jnp.where(chosen, own_steps, 0)
         token = lax.div(first, jnp.int32(c // m))
-        share = _Share(step, width, given_gmem, token, tokens, own_steps, wg, warpgroups, depth, pairs, interpret)
+        share = _Share(
+            step, width, given_gmem, token, tokens, own_steps, wg, warpgroups, depth, pairs, spare_smem, interpret
+        )
 
         def work(share: _Share, i: int) -> list[_Rows]:
             """Of each weight of a set the tiles that this CTA has."""
@@ -203,11 +205,20 @@ def product(
 
         def one_set(i: int) -> None:
             many = work(share, i)
+            # By turns the scales of one arrive during a step of the other; several tokens leave no registers for that.
+            turns = [many] if tokens == 1 else [[one] for one in many]
 
             def one_tile(tile: Array, raw: list[list[Array]]) -> list[list[Array]]:
-                raw, buffer = list(raw), lax.rem(tile, 2)
-                for k, one in enumerate(many):
-                    ys, raw[k] = one.sums(tile, raw[k])
+                zero, buffer = plgpu.layout_cast(jnp.zeros((16, WARPS, GROUPS), jnp.float32), SUMS), lax.rem(tile, 2)
+
+                def one_step(some: list[_Rows], i: Any, carry: list[tuple[list[Sums], list[Array]]]) -> list[Any]:
+                    return [one.add(tile, i, *own) for one, own in zip(some, carry, strict=True)]
+
+                found: list[tuple[list[Sums], list[Array]]] = []
+                for some in turns:
+                    own = [([zero] * tokens, one) for one in raw[len(found) :][: len(some)]]
+                    found += lax.fori_loop(0, own_steps, partial(one_step, some), own)
+                for k, (ys, _) in enumerate(found):
                     for t, y in enumerate(ys):
                         sums_smem[buffer, k, wg, t] = y.sum(axis=2)
                 registers.meet(interpret=interpret)
@@ -215,7 +226,7 @@ def product(
                     plgpu.barrier_arrive(met)
                     plgpu.barrier_wait(met)
                 pl.when(wg == 0)(partial(finish, i, tile, buffer, [one.base + tile for one in many]))
-                return raw
+                return [following for _, following in found]
 
             lax.fori_loop(many[0].start, many[0].stop, one_tile, [one.ahead(one.start, 0) for one in many])
 
@@ -264,6 +275,7 @@ def product(
             [[barriers(w) for w in one] for one in each_weight],
             plgpu.Barrier(num_arrivals=warpgroups),
             plgpu.SMEM((2, max(map(len, each_weight)), warpgroups, tokens, 16, WARPS), jnp.float32),
+            plgpu.SMEM((1,), jnp.int32),
             [plgpu.SMEM(*one) for one in limbs_room],
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -307,6 +319,7 @@ class _Share:
     warpgroups: int
     depth: int
     pairs: bool
+    spare: Any
     interpret: bool
 
 
@@ -366,50 +379,43 @@ class _Rows:
         self._affine(unit)
         return unit.raw
 
-    def sums(self, tile: Any, raw: list[Array]) -> tuple[list[Sums], list[Array]]:
-        """Each token's sums of every row, warp and column, and what is `ahead` for the next tile."""
+    def add(self, tile: Any, i: Any, ys: list[Sums], raw: list[Array]) -> tuple[list[Sums], list[Array]]:
+        """Each token's sums of every row, warp and column after a tile's i-th step, and what is `ahead` of the next."""
         s, form, interpret = self.share, TILES[self.form.name], self.share.interpret
         shape, narrow = (16, WARPS, GROUPS), form.group == 16
         zero = {d: plgpu.layout_cast(jnp.zeros(shape, d), SUMS) for d in (jnp.int32, jnp.float32)}
-
-        def one_step(i: Any, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
-            ys, raw = carry
-            (begin, run), n = self._run(i), (tile - self.start) * s.steps + i
-            unit, slot = self._loaded(tile, i, raw), self._slot(n)
-            last = i + 1 == s.steps
-            plgpu.barrier_wait(self.full.at[slot])
-            unit.take(self._room(slot))
-            # All have read what the next copy overwrites; a barrier alone would not wait for what is being loaded.
-            plgpu.commit_smem()
-            self._copy(n + s.depth)
-            following = self.ahead(tile + last.astype(jnp.int32), jnp.where(last, 0, i + 1))
-            affine = self._affine(unit)
-            codes = [form.values(unit, i) for i in range(16)]
-            terms = [zero[jnp.float32]] * s.tokens
-            each = 2 if s.pairs else 1  # tokens of a product
-            for half, (scale, offset) in enumerate(affine):
-                for t in range(0, s.tokens, each):
-                    xs = [
-                        _Activations(s.given, s.first_token + t + i, each, s.step, run, half, form.group, interpret)
-                        for i in range(each)
-                    ]
-                    zs = (zero[jnp.int32],) * each
-                    for g in range(GROUPS):
-                        a = codes[8 * half + g :][:1] if narrow else codes[2 * g :][:2]
-                        limbs = registers.mma(zero[jnp.int32], tuple(a), xs[0].limbs(g // 4), interpret=interpret)
-                        zs = registers.put(zs, limbs, g, interpret=interpret)
-                    for i, (x, z) in enumerate(zip(xs, zs, strict=True), t):
-                        terms[i] = terms[i] + scale * x.scale() * z.astype(jnp.float32)
-                        if offset is not None:
-                            terms[i] = terms[i] + offset * x.sums()
-            if s.width % (UNIT * s.step.units):
-                warp, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=SUMS) for axis in (1, 2))
-                # of the warp's unit, or of the group: a row that ends within a unit has groups of 32
-                mine = run + (RUNS * warp if s.step == WIDE else 4 * (column & 1) + (column >> 1))
-                terms = [jnp.where(mine < begin, 0.0, term) for term in terms]
-            return [y + term for y, term in zip(ys, terms, strict=True)], following
-
-        return lax.fori_loop(0, s.steps, one_step, ([zero[jnp.float32]] * s.tokens, raw))
+        (begin, run), n = self._run(i), (tile - self.start) * s.steps + i
+        unit, slot, last = self._loaded(tile, i, raw), self._slot(n), i + 1 == s.steps
+        following = self.ahead(tile + last.astype(jnp.int32), jnp.where(last, 0, i + 1))
+        plgpu.barrier_wait(self.full.at[slot])
+        unit.take(self._room(slot))
+        registers.landed([w for words in unit.words.values() for w in words], s.spare, interpret=interpret)
+        self._copy(n + s.depth)
+        affine = self._affine(unit)
+        codes = [form.values(unit, i) for i in range(16)]
+        terms = [zero[jnp.float32]] * s.tokens
+        each = 2 if s.pairs else 1  # tokens of a product
+        for half, (scale, offset) in enumerate(affine):
+            for t in range(0, s.tokens, each):
+                xs = [
+                    _Activations(s.given, s.first_token + t + i, each, s.step, run, half, form.group, interpret)
+                    for i in range(each)
+                ]
+                zs = (zero[jnp.int32],) * each
+                for g in range(GROUPS):
+                    a = codes[8 * half + g :][:1] if narrow else codes[2 * g :][:2]
+                    limbs = registers.mma(zero[jnp.int32], tuple(a), xs[0].limbs(g // 4), interpret=interpret)
+                    zs = registers.put(zs, limbs, g, interpret=interpret)
+                for j, (x, z) in enumerate(zip(xs, zs, strict=True), t):
+                    terms[j] = terms[j] + scale * x.scale() * z.astype(jnp.float32)
+                    if offset is not None:
+                        terms[j] = terms[j] + offset * x.sums()
+        if s.width % (UNIT * s.step.units):
+            warp, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=SUMS) for axis in (1, 2))
+            # of the warp's unit, or of the group: a row that ends within a unit has groups of 32
+            mine = run + (RUNS * warp if s.step == WIDE else 4 * (column & 1) + (column >> 1))
+            terms = [jnp.where(mine < begin, 0.0, term) for term in terms]
+        return [y + term for y, term in zip(ys, terms, strict=True)], following
 
 
 class _Activations:

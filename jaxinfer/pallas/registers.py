@@ -133,6 +133,36 @@ def meet(*, interpret: bool) -> None:
     wait()
 
 
+def landed(words: Sequence[Words], spare: Any, *, interpret: bool) -> None:
+    """The threads of a warpgroup wait for each other, each until it has the words that it loads from shared memory.
+
+    A copy by TMA may then overwrite them. A barrier alone would not wait for loads, and a fence waits for those from
+    device memory as well, up to a microsecond. So a store to 4 bytes that nobody reads, which words that are all ones
+    would make, comes before the barrier: it needs the words.
+    """
+    if interpret:
+        plgpu.commit_smem()
+        return
+
+    @inline(arg_types=((WORDS,) * len(words), plgpu.RefType()), return_type=None)
+    def wait(ctx: Any, words: Any, spare: Any) -> None:
+        given = [_element(r) for one in words for r in one.registers.flatten()]
+        every = given[0]
+        for word in given[1:]:
+            every = arith.andi(every, word)
+        ptx = "{ .reg .pred p; setp.eq.b32 p, $0, -1; @p st.shared.b32 [$1], $0; }"
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [every, llvm.ptrtoint(_i32(), mgpu.utils.memref_ptr(spare))],
+            ptx,
+            "r,r,~{memory}",
+            has_side_effects=True,
+        )
+        mgpu.utils.warpgroup_barrier()
+
+    wait(tuple(words), spare)
+
+
 def readable(ref: Any, *, interpret: bool) -> Any:
     """A ref in shared memory that may be reshaped and loaded from; for the interpreter, which cannot, its value."""
     return ref[...] if interpret else ref

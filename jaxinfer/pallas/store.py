@@ -6,6 +6,7 @@ a head, so that its sums are its own; plain loads and stores serve sm_80, 89 and
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +66,7 @@ def _cut(width: int, rotation: Rope | None) -> _Cut:
     return _Cut(vector, vector, pairs, ((pl.ds(2 * half, rows - 2 * half), whole),) if n < width else ())
 
 
+@partial(jax.jit, static_argnames=("rotation", "eps", "norm_values", "norm_rotated", "interpret"))
 def store(
     q: Float[Array, "B T NH"],
     k: Float[Array, "B T KH"] | None,
