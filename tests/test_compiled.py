@@ -161,8 +161,8 @@ def check_gpu_programs(sharding) -> None:
     weight = 8 * 128 * 4096
     made = [x for x in executed(decode) if x[0] not in PLACES | {"custom-call"} and x[1] >= weight]
     assert not made
-    # In the loop over layers: attention; for a token also the cache before it, the join of its parts behind it, and four
-    # launches of products. The head takes one token in both.
+    # In the loop over layers: attention; for a token also the cache before it, the join of its parts behind it, and the
+    # launches of four products. The head takes one token in both.
     for program, kernels in ((prefill, 2), (decode, 8)):
         assert len(re.findall(r'custom_call_target="mosaic_gpu', program)) == kernels
 
