@@ -141,10 +141,10 @@ type _Kernel = Callable[..., tuple[Array, ...]]
 def _kernel(x: Array, weights: Sequence[Weight], invariant: bool, narrow: bool) -> tuple[_Kernel | None, str | None]:
     """What multiplies x with all of the weights, None for XLA, and why it is not the best for so many rows, if so.
 
-    The kernel for few rows multiplies each of them by itself, or two that are narrow, which is worth it up to FEWEST,
-    or to MOST: the other one takes as long for 64 as for one. That one decodes a weight once for 256 rows; XLA decodes
-    it once, at what 500 rows cost, and cuBLAS multiplies up to a fifth faster, which is worth it for more than MANY
-    rows, or where x is LARGE.
+    The kernel for few rows multiplies each of them by itself, which is worth it up to FEWEST: the other one takes as
+    long for 64 as for one. Two narrow rows share a product: they go up to MOST, which was not measured. The other one
+    decodes a weight once for 256 rows; XLA decodes it once, at what 500 rows cost, and cuBLAS multiplies up to a fifth
+    faster, which is worth it for more than MANY rows, or where x is LARGE.
     """
     rows, packed = x.shape[0] * x.shape[1], any(isinstance(w, Packed) for w in weights)
     if not (packed or invariant):
