@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxinfer.loader import Model
+from jaxinfer.programs import program
 from jaxinfer.sample import Sampler
 from jaxinfer.tree import pytree
 
@@ -23,7 +23,7 @@ SLOTS = 256  # caches are allocated in multiples of this, so that few shapes are
 CHUNKS = 4  # chunks that one call of prefill takes, while there are so many; what is left goes one by one
 
 
-@partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames="cache", compiler_options=CUBLAS)
+@program(static_argnames=("model", "chunk"), donate_argnames="cache", compiler_options=CUBLAS)
 def prefill(
     model: Model, params: Any, tokens: Int[Array, "B nC"], pos: Int[Array, "B nC"], cache: Any, *, chunk: int
 ) -> tuple[Float[Array, "B V"], Any]:
@@ -42,7 +42,7 @@ def prefill(
     return model.logits(params, last[-1][:, None])[:, 0], cache
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames="cache", compiler_options=CUBLAS)
+@program(static_argnames=("model",), donate_argnames="cache", compiler_options=CUBLAS)
 def chunk_logits(
     model: Model, params: Any, tokens: Int[Array, "B C"], pos: Int[Array, "B C"], cache: Any
 ) -> tuple[Float[Array, "B C V"], Any]:
@@ -62,7 +62,7 @@ class State:
     done: Bool[Array, " B"]
 
 
-@partial(jax.jit, static_argnames=("model", "sampler", "room"), donate_argnames="state")
+@program(static_argnames=("model", "sampler", "room"), donate_argnames="state")
 def decode(
     model: Model,
     params: Any,

@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -69,17 +70,26 @@ class Run:
     burst: int  # tokens decoded in a call
 
     def compile(self, compiling: Compiling | None = None) -> dict[str, float]:
-        """Compiles the programs and returns the times; `compiling(program, seconds)` hears before (None) and after."""
-        took = {}
-        for name, lowers in self.session.programs(self._parts(), self._room, **self._decoding).items():
-            if compiling:
-                compiling(name, None)
-            began = time.perf_counter()
-            for lower in lowers:
-                lower().compile()  # jit finds it again
-            took[name] = time.perf_counter() - began
-            if compiling:
-                compiling(name, took[name])
+        """Compiles the programs, each while the next one is lowered, and returns the seconds that each added.
+
+        `compiling(program, seconds)` hears before (None) and after.
+        """
+        took, wanted = {}, self.session.programs(self._parts(), self._room, **self._decoding)
+        tell = compiling or (lambda program, seconds: None)
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            began, running = time.perf_counter(), {}
+            for name, prepares in wanted.items():
+                if not running:
+                    tell(name, None)
+                running[name] = [pool.submit(prepare()) for prepare in prepares]
+            for name, all_of_it in running.items():
+                if took:
+                    tell(name, None)
+                for one in all_of_it:
+                    one.result()
+                now = time.perf_counter()
+                took[name], began = now - began, now
+                tell(name, took[name])
         return took
 
     def prefill(self, progress: Progress | None = None) -> None:

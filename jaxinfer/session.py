@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jaxinfer import archive, engine, snapkv
 from jaxinfer.cache import KVCache, is_full, size_bytes
 from jaxinfer.loader import Model
+from jaxinfer.programs import Prepare
 from jaxinfer.sample import Sampler
 from jaxinfer.snapkv import Eviction
 
@@ -190,29 +191,31 @@ class Session:
         return tokens, state
 
     def _decode_args(self, state: engine.State, sampler: Sampler, stops: np.ndarray, limit: int) -> tuple[Any, ...]:
-        keys = jnp.broadcast_to(jax.random.key(sampler.seed), len(self.tokens))
-        return self.model, self.params, state, keys, stops, np.int32(limit)
+        return self.model, self.params, state, self._keys(sampler), stops, np.int32(limit)
+
+    def _keys(self, sampler: Sampler) -> Key[Array, " B"]:
+        return jnp.broadcast_to(jax.random.key(sampler.seed), len(self.tokens))
 
     def programs(
         self, parts: Sequence[Sequence[Sequence[int]]], room: int, **decoding: Any
-    ) -> dict[str, list[Callable[[], jax.stages.Lowered]]]:
-        """What runs when these parts are read and an answer goes into `room`, by name: functions that lower it."""
-        found: dict[str, list[Callable[[], jax.stages.Lowered]]] = {}
+    ) -> dict[str, list[Prepare]]:
+        """What runs when these parts are read and an answer goes into `room`, by name."""
+        found: dict[str, list[Prepare]] = {}
         for rows in parts:
             chunk = engine.chunk_for(max(map(len, rows)), self.chunk)
             for tokens, pos in self.calls(rows):
                 args = self.model, self.params, tokens, pos, self.cache
-                found[f"prefill of {tokens.shape[1]} tokens"] = [partial(engine.prefill.lower, *args, chunk=chunk)]
+                found[f"prefill of {tokens.shape[1]} tokens"] = [partial(engine.prefill.prepare, *args, chunk=chunk)]
         held = [sum(map(len, rows)) for rows in zip(self.tokens, *parts, strict=True)]
         if self.eviction and self._evicts(max(held)):
             args = self.params, self.cache, self.eviction, self.keep, self._sizes(held), room
             found["eviction"] = snapkv.programs(*args, votes=self.model.ops.votes)
-        found["decode"] = [partial(self._lower_decode, held, room, **decoding)]
+        found["decode"] = [partial(self._prepare_decode, held, room, **decoding)]
         return found
 
-    def _lower_decode(
+    def _prepare_decode(
         self, held: list[int], room: int, *, sampler: Sampler, stops: np.ndarray, burst: int
-    ) -> jax.stages.Lowered:
+    ) -> Callable[[], None]:
         def state(logits: Array, cache: Any) -> engine.State:
             if self.eviction and self._evicts(max(held)):
                 cache, _ = snapkv.evict(self.params, cache, self.eviction, self.keep, self._sizes(held), room)
@@ -220,8 +223,9 @@ class Session:
             return engine.start(logits, [[0]] * len(held), cache, sampler)
 
         logits = jax.ShapeDtypeStruct((len(held), self.model.config.vocab), jnp.float32)
-        args = self._decode_args(jax.eval_shape(state, logits, self.cache), sampler, stops, 1)
-        return engine.decode.lower(*args, sampler=sampler, room=burst)
+        # Shapes alone: whatever runs now may wait for what other threads compile.
+        args = jax.eval_shape(state, logits, self.cache), jax.eval_shape(lambda: self._keys(sampler))
+        return engine.decode.prepare(self.model, self.params, *args, stops, np.int32(1), sampler=sampler, room=burst)
 
     def fork(self) -> "Session":
         """A session in the same state, with arrays of its own."""

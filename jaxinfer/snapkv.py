@@ -15,6 +15,7 @@ from jaxinfer import decoder
 from jaxinfer.cache import KVCache, is_full
 from jaxinfer.ops.votes import votes_reference
 from jaxinfer.presses import LagKV, Press, SnapKV, one_list
+from jaxinfer.programs import Prepare, program
 from jaxinfer.segments import Layers
 
 SMALL = 2**28  # bytes of a cache from which nothing is evicted unless told
@@ -131,13 +132,13 @@ def programs(
     room: int,
     *,
     votes: Callable[..., Array] = votes_reference,
-) -> list[Callable[[], jax.stages.Lowered]]:
-    """What `evict` calls: functions that lower it."""
+) -> list[Prepare]:
+    """What `evict` calls."""
     found = []
 
-    def call(program: Any, *args: Any, **options: Any) -> Any:
-        found.append(partial(program.lower, *args, **options))
-        return program.eval_shape(*args, **options)
+    def call(one: Any, *args: Any, **options: Any) -> Any:
+        found.append(partial(one.prepare, *args, **options))
+        return one.eval_shape(*args, **options)
 
     evict(params, jax.eval_shape(lambda: cache), eviction, keep, tokens, room, votes=votes, call=call)
     return found
@@ -157,7 +158,7 @@ def _counts(
     return {k: budgets[:, [i for i, other in enumerate(order) if other == k]].T for k in full}
 
 
-@partial(jax.jit, static_argnames=("press", "votes"))
+@program(static_argnames=("press", "votes"))
 def _scores(
     press: Press, cache: KVCache, sinks: Float[Array, "R N"] | None, *, votes: Callable[..., Array]
 ) -> Float[Array, "R B K S"]:
@@ -220,7 +221,7 @@ def compact(cache: KVCache, keep: Int[Array, "R B L n"], room: int) -> KVCache:
     return replace(cache, k=k, v=v, pos=take(cache.pos, slot, -1), shift=shift)
 
 
-@partial(jax.jit, static_argnames=("keep", "recent"))
+@program(static_argnames=("keep", "recent"))
 def _select_one(
     scores: list[Float[Array, "R B K S"]], pos: Int[Array, "Q B 1 S"], keep: int, *, recent: int
 ) -> list[Int[Array, "R B 1 n"]]:
@@ -230,5 +231,5 @@ def _select_one(
     return [jnp.broadcast_to(one, (len(stack), *one.shape)) for stack in scores]
 
 
-select_jit = jax.jit(select, static_argnames="keep")
-compact_jit = jax.jit(compact, static_argnames="room")
+select_jit = program(static_argnames=("keep",))(select)
+compact_jit = program(static_argnames=("room",))(compact)
