@@ -141,10 +141,10 @@ type _Kernel = Callable[..., tuple[Array, ...]]
 def _kernel(x: Array, weights: Sequence[Weight], invariant: bool, narrow: bool) -> tuple[_Kernel | None, str | None]:
     """What multiplies x with all of the weights, None for XLA, and why it is not the best for so many rows, if so.
 
-    The kernel for few rows multiplies each of them by itself, which is worth it up to FEWEST: the other one takes as
-    long for 64 as for one. Two narrow rows share a product: they go up to MOST, which was not measured. The other one
-    decodes a weight once for 256 rows; XLA decodes it once, at what 500 rows cost, and cuBLAS multiplies up to a fifth
-    faster, which is worth it for more than MANY rows, or where x is LARGE.
+    The kernel for few rows multiplies each of them by itself, or narrow ones by two, which is worth it up to FEWEST:
+    the other one takes as long for 64 as for one, and decodes a weight once for 256 rows. XLA decodes it once, at what
+    500 rows cost, and cuBLAS multiplies up to a fifth faster, which is worth it for more than MANY rows, or where x is
+    LARGE.
     """
     rows, packed = x.shape[0] * x.shape[1], any(isinstance(w, Packed) for w in weights)
     if not (packed or invariant):
@@ -154,7 +154,7 @@ def _kernel(x: Array, weights: Sequence[Weight], invariant: bool, narrow: bool) 
         return None, f"more than {MANY} rows" if rows > MANY else f"more than {LARGE} activations"
     few = [_few] if rows <= MOST and not invariant else []
     first = None
-    for kernel in [*few, _many] if rows <= (MOST if narrow else FEWEST) else [_many, *few]:
+    for kernel in [*few, _many] if rows <= FEWEST else [_many, *few]:
         if not (why := _beyond(kernel, x, weights)):
             return partial(kernel, why=first, narrow=narrow), first
         first = first or why
