@@ -50,6 +50,15 @@ class Kept(NamedTuple):
     exported: jax.export.Exported
     tree: Any  # what the leaves are of
 
+    def function(self, name: str) -> Callable[..., Any]:
+        """One of that name, which profiles show."""
+
+        def call(*leaves: Any) -> Any:
+            return self.exported.call(*leaves)
+
+        call.__name__ = name
+        return call
+
     def encode(self) -> bytes:
         example = jax.tree.unflatten(self.tree, [0] * self.tree.num_leaves)
         return pickle.dumps((bytes(self.exported.serialize()), example))
@@ -104,7 +113,7 @@ class Program:
                 _write(path, kept)
             donated = [name == self._donated for name, value in dynamic.items() for _ in jax.tree.leaves(value)]
             options = {"donate_argnums": np.flatnonzero(donated).tolist(), "compiler_options": self._options}
-            lowered = jax.jit(kept.exported.call, **options).lower(*leaves)
+            lowered = jax.jit(kept.function(self.__name__), **options).lower(*leaves)
 
         def finish() -> None:
             if [device.platform for device in key.devices] == ["gpu"]:
