@@ -26,12 +26,12 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 EVICTION = Eviction(press=SnapKV(window=8), keep=24)
 STOPS = np.array([-1], np.int32)
-MODELS = {"qwen3": jnp.float32, "gemma4-e": jnp.bfloat16, "qwen35": jnp.bfloat16}
+MODELS = {"gemma4-e": jnp.bfloat16, "qwen35": jnp.float32}
 
 
 @cache
-def load(name: str, **options):
-    return jaxinfer.load(model_path(name), **options)
+def load(name: str, expand: bool = False, **options):
+    return jaxinfer.load(model_path(name), expand=expand, **options)
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -134,7 +134,7 @@ def test_another_process_goes_on(tmp_path):
 import jaxinfer, numpy as np
 from jaxinfer import Sampler
 from jaxinfer.session import Session
-model, params, _ = jaxinfer.load({str(model_path("qwen3"))!r})
+model, params, _ = jaxinfer.load({str(model_path("qwen3"))!r}, expand=False)
 session, sampler = Session.load({str(tmp_path / "a")!r}, model, params), Sampler.greedy()
 out, _ = session.decode(session.start(sampler), 8, sampler=sampler, stops=np.array([-1], np.int32), burst=8)
 print(out[0].tolist(), np.asarray(session.logits).tobytes().hex())
@@ -311,7 +311,7 @@ def test_fingerprints():
     file = gguf.read(model_path("qwen3"))
     print_, described = gguf.fingerprint(file), load("qwen3").model
     assert described.fingerprint == print_
-    assert described == load("qwen3", expand=False).model
+    assert described == load("qwen3", expand=True).model
     assert gguf.fingerprint(file._replace(path="elsewhere")) == print_
     assert gguf.fingerprint(file._replace(tensors=dict(reversed(file.tensors.items())))) == print_
     assert gguf.fingerprint(file._replace(metadata=file.metadata | {"tokenizer.chat_template": "other"})) == print_
@@ -349,6 +349,7 @@ def sign(header: dict[str, str], arrays: dict[str, np.ndarray]) -> dict[str, str
     return header | {"sha256": digest.hexdigest()}
 
 
+SHIFTS = [f"layers.{i}.shift" for i in range(3)]
 WRONG = {  # of an evicted session of 30 and 9 tokens, or of one that was not: what is changed, and the rule
     "version": (False, {"format": "jaxinfer session 2"}, "its format is 'jaxinfer session 2'"),
     "ctx": (False, {"ctx": "300"}, r"'I32 \[2, 1, 256\]', not 'I32 \[2, 1, 512\]'|not 'F32 \[2, 2, 512, 32\]'"),
@@ -378,8 +379,10 @@ WRONG = {  # of an evicted session of 30 and 9 tokens, or of one that was not: w
     "pos rank": (True, {"layers.0.pos": np.zeros(3, np.int32)}, "'layers.0.k' is"),
     "slots": (True, {f"layers.0.{n}": np.zeros((2, 2, 39, 32), np.float32) for n in "kv"}, "39, 32.', not"),
     "no slots": (True, {f"layers.0.{n}": np.zeros((2, 2, 0, 32), np.float32) for n in "kv"}, "0, 32.', not"),
-    "shift": (True, {"layers.1.shift": np.array([31, 0], np.int32)}, "layers.1.shift has 31, .* from 0 to 30"),
-    "shift missing": (True, {"layers.1.shift": None}, "'layers.1.k' is .* not 'F32 .2, 2, 256, 32.'"),
+    "shift": (True, dict.fromkeys(SHIFTS, np.array([31, 0], np.int32)), "layers.0.shift has 31, .* from 0 to 30"),
+    "shifts": (True, {"layers.1.shift": np.array([1, 0], np.int32)}, "shifts of the layers .0, 1, 2. differ, but"),
+    "shift missing": (True, dict.fromkeys(SHIFTS), "'layers.0.k' is .* not 'F32 .2, 2, 256, 32.'"),
+    "a shift missing": (True, {"layers.1.shift": None}, "'layers.1.shift' is 'missing', not 'I32 .2.'"),
     "kept": (True, {"layers.0.kept": np.zeros((2, 2, 24), np.int32)}, "layers.0.kept is not strictly increasing"),
     "queries": (
         False,

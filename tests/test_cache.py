@@ -13,6 +13,8 @@ from jax import lax
 from jaxinfer.cache import KVCache, empty, ring_slots, write
 from jaxinfer.ops.attention import visible
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 write_jit = jax.jit(write, donate_argnums=0)
 
 

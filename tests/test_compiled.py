@@ -87,6 +87,7 @@ def lowered(model, params, cache, tokens: int, sharding=None):
     )
 
 
+@pytest.mark.usefixtures("quick_compiler")  # which leaves out what comes after the passes that are seen here
 @pytest.mark.parametrize(
     ("name", "expand"),
     [("qwen3", True), ("gemma4-e", False), ("qwen35-mtp", False)],

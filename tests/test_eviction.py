@@ -247,7 +247,7 @@ def test_keeping_all_changes_no_bit():
     assert all(
         np.asarray(lists)[:, 0].tolist() == [[list(range(96))] * 2] * len(lists) for lists in jax.tree.leaves(kept)
     )
-    assert_same(steps("qwen3", small)[:2], steps("qwen3", copied(snapkv.unobserved(known("qwen3")[1])))[:2])
+    np.testing.assert_array_equal(steps("qwen3", small)[1], whole("qwen3"))
 
 
 def test_a_second_turn_on_a_compacted_cache():
@@ -320,9 +320,8 @@ def valid(stack: KVCache) -> jax.Array:
     return newest - jnp.arange(stack.recent_q.shape[2])[::-1] >= 0
 
 
-@pytest.mark.parametrize("chunk", [3, 4096])
-def test_any_chunk_size_keeps_the_same(chunk):
-    logits, scores, kept, tokens = summary(chunk, 144)
+def test_any_chunk_size_keeps_the_same():
+    logits, scores, kept, tokens = summary(3, 144)
     want_logits, want, lists, others = summary(1, 144)
     np.testing.assert_allclose(logits, want_logits, **TOLERANCE)
     for one, other, at in zip(scores, want, lists, strict=True):
@@ -336,8 +335,8 @@ def test_any_chunk_size_keeps_the_same(chunk):
 
 
 def test_a_batch_keeps_what_single_rows_do():
-    logits, _, kept, tokens = summary(3, 144, 97)
-    for row, n in enumerate((144, 97)):
+    logits, _, kept, tokens = summary(3, 144, 95)  # whole calls of four chunks, which are one program
+    for row, n in enumerate((144, 95)):
         want_logits, _, lists, others = summary(3, n)
         np.testing.assert_allclose(logits[row], want_logits[0], **TOLERANCE)
         np.testing.assert_array_equal(tokens[row], others[0])
@@ -361,7 +360,7 @@ def test_a_gpu_keeps_what_a_cpu_does(name):
     assert_same(*found)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma4-e"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen35"])
 def test_a_budget_of_2048_of_16384_tokens_takes_an_eighth(name):
     """Of a filled cache: all but the positions of each head, 4 bytes beside its key and value, falls eightfold."""
     model, params = load(name)
@@ -384,15 +383,12 @@ def test_a_budget_of_2048_of_16384_tokens_takes_an_eighth(name):
     assert all(s.k.is_deleted() for s in stacks_of(held))
 
 
-# Of the long one running takes the time.
-LENGTHS = [("qwen3", 384, 256), pytest.param("qwen35", 6144, 2048, marks=pytest.mark.optimised)]
-
-
-@pytest.mark.parametrize(("name", "tokens", "keep"), LENGTHS)
-def test_an_answer_after_an_eviction_is_well_formed(name, tokens, keep):
-    model, params = load(name, CPU)
-    eviction = Eviction(press=SnapKV(), keep=keep)
-    session = Session(model, params, ctx=tokens, chunk=max(128, tokens // 4), eviction=eviction)
+@pytest.mark.optimised  # running takes the time
+def test_an_answer_after_an_eviction_is_well_formed():
+    """Of a hybrid, whose recurrent states stay."""
+    model, params = load("qwen35", CPU)
+    tokens, keep = 6144, 2048
+    session = Session(model, params, ctx=tokens, chunk=tokens // 4, eviction=Eviction(press=SnapKV(), keep=keep))
     before = sum(s.k.nbytes + s.v.nbytes for s in stacks_of(session.cache))
     session.extend([prompt(tokens, seed=tokens)])
     tight = session.evicted(0)

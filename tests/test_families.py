@@ -23,6 +23,7 @@ QKV = ("attn_q", "attn_k", "attn_v")
 GATE_UP = ("ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps")
 LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
 HALF = {"expert_feed_forward_length": None, "feed_forward_length": 26}  # of which a token uses two
+UNSAID = {"final_logit_softcapping": 2.5, "attention.shared_kv_layers": None, "rope.freq_base_swa": None}
 E_FORM = {"sliding": (True, True, False, True, False), "shared": 2, "inputs": 14, "ffn": (20, 20, 20, 28, 28)}
 
 
@@ -53,37 +54,33 @@ CASES = {
     ),
     "gemma3 27B": lambda: gemma3({"attention.sliding_window_pattern": 2}, layers=62),
     "gemma4 with the soft cap that goes without saying": gemma4,
-    "gemma4 without more that goes without saying": lambda: gemma4(
-        {"final_logit_softcapping": 2.5, "attention.shared_kv_layers": None, "rope.freq_base_swa": None}
-    ),
     "gemma4 E": lambda: gemma4(**E_FORM),
-    "gemma4 dense": lambda: without(
-        changed(gemma4(kv_heads=(2, 1)), {"blk.2.attn_v.weight": None}), "layer_output_scale"
+    "gemma4 dense, without more that goes without saying": lambda: without(
+        changed(gemma4(UNSAID, kv_heads=(2, 1)), {"blk.2.attn_v.weight": None}), "layer_output_scale"
     ),
-    "gemma4 fused": lambda: fused(gemma4(kv_heads=(2, 1)), "attn_qkv", *QKV),
     "gemma4 with experts": lambda: gemma4(mixture=5),
-    "gemma4 with experts of one stack and no scale": lambda: without(
-        fused(gemma4(mixture=5, kv_heads=(4, 1)), *GATE_UP), "down_exps.scale"
+    "gemma4 fused, with experts of one stack and no scale": lambda: without(
+        fused(fused(gemma4(mixture=5, kv_heads=(4, 1)), *GATE_UP), "attn_qkv", *QKV), "down_exps.scale"
     ),
     "gemma4 that slides everywhere": lambda: gemma4(sliding=(True,) * 3),
-    "gpt-oss with every third layer full": lambda: gpt_oss({"attention.sliding_window_pattern": 3}),
     "gpt-oss with a pattern and two bases": lambda: gpt_oss(
         {"attention.sliding_window_pattern": [False, True, True], "rope.freq_base_swa": 1000.0}
     ),
     "llama4": llama4,
-    "llama4 with two experts in every second layer": lambda: changed(
-        llama4({"expert_used_count": 2}, step=2), tensors("", rope_freqs=(5,))
+    "llama4 with two experts in every second layer, two bases": lambda: changed(
+        llama4({"expert_used_count": 2, "rope.freq_base": 5e5, "rope.freq_base_swa": 100.0}, step=2),
+        tensors("", rope_freqs=(5,)),
     ),
     "llama4 with 128 experts": lambda: llama4(mixture=128),
-    "llama4 with two bases": lambda: llama4({"rope.freq_base": 5e5, "rope.freq_base_swa": 100.0}),
     "qwen35 with a list of layers": lambda: hybrid(
         "qwen35", {"attention.recurrent_layers": [False, True, True]}, layers=3, full=(0,), tied=False
     ),
     "qwen35 with every second layer full": lambda: fused(
         hybrid("qwen35", {"full_attention_interval": 2}, full=(1, 3)), "attn_qkv", *QKV
     ),
-    "qwen35 with as many keys as values": lambda: hybrid("qwen35", key_heads=4, layers=2, full=()),
-    "qwen35 partly rotated": lambda: hybrid("qwen35", {"rope.dimension_count": 4}),
+    "qwen35 partly rotated, with as many keys as values": lambda: hybrid(
+        "qwen35", {"rope.dimension_count": 4}, key_heads=4
+    ),
     "qwen35 with pairs that stand still": lambda: hybrid("qwen35", {"rope.dimension_sections": [1, 1, 0, 1]}),
     "qwen35moe with gate and up in one": lambda: fused(
         hybrid("qwen35moe", {"expert_shared_feed_forward_length": None}), *GATE_UP
@@ -141,7 +138,6 @@ OWN = {"shared_head_norm": (families.D,), "embed_tokens": (families.VOCAB, famil
 OWN |= {"shared_head_head": (families.VOCAB, families.D)}
 TWO = {"layers": 2, "full": (1,), "drafts": True}
 DRAFTS = {
-    "qwen35": lambda: hybrid("qwen35", {"full_attention_interval": 2}, **TWO),
     "qwen35 with all of its own": lambda: changed(
         hybrid("qwen35", {"full_attention_interval": 2}, tied=False, **TWO), tensors("blk.2.nextn.", **OWN)
     ),
@@ -179,12 +175,11 @@ def test_drafts(file, tmp_path):
 
 # Prompts several times as long as the rings of layers with windows, which have 256 slots.
 
-RINGS = {
+PROMPTS = {
     "gemma4": lambda: gemma4({"attention.sliding_window": 16}, **E_FORM),
-    "gpt-oss": lambda: gpt_oss(layers=2),
     "llama4": lambda: llama4(step=4),
+    "qwen35moe": lambda: hybrid("qwen35moe", {"full_attention_interval": 2}, layers=2, full=(1,)),
 }
-PROMPTS = RINGS | {"qwen35moe": lambda: hybrid("qwen35moe", {"full_attention_interval": 2}, layers=2, full=(1,))}
 
 
 @cache
@@ -199,7 +194,7 @@ def rings(model: jaxinfer.Model, params, chunk: int) -> set[int]:
     return {held.k.shape[3] for held in made}
 
 
-@pytest.mark.parametrize("name", RINGS)
+@pytest.mark.parametrize("name", ["gemma4", "llama4"])  # gpt-oss: in the goldens, and in test_long.py
 def test_long_prompts_in_a_ragged_batch_in_small_chunks(name, tmp_path):
     file, ids, want = long_prompt(name)
     model, params, _ = load(tmp_path / "model.gguf", file, expand=False)
@@ -209,10 +204,9 @@ def test_long_prompts_in_a_ragged_batch_in_small_chunks(name, tmp_path):
         close(got, want[: len(prompt)], FAR)
 
 
-@pytest.mark.parametrize("name", ["gemma4", "qwen35moe"])
-def test_turns_that_follow_one_another(name, tmp_path):
-    """Two rows with turns of their own lengths, one of them sometimes silent, in chunks of 64."""
-    file, ids, want = long_prompt(name)
+def test_turns_that_follow_one_another(tmp_path):
+    """Two rows with turns of their own lengths, one of them sometimes silent, in chunks of 64; rings: test_long.py."""
+    file, ids, want = long_prompt("qwen35moe")
     model, params, _ = load(tmp_path / "model.gguf", file, expand=False)
     held = model.init_cache(params, 2, 768, chunk=64)
     ends = np.zeros(2, int)

@@ -18,6 +18,8 @@ from jaxinfer.layers.mlp import MlpParams, mlp, silu_gate
 from jaxinfer.layers.norm import rms_norm as jax_rms_norm
 from jaxinfer.layers.rope import Rope, Yarn, frequencies, rope, yarn_frequencies, yarn_magnitude
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 ULP, BF16_ULP = 2.0**-23, 2.0**-7  # distance between numbers at 1
 REFERENCE = ops.REFERENCE
 

@@ -17,6 +17,8 @@ import jaxinfer
 from jaxinfer import loader
 from jaxinfer.quants import Packed, dense
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 TINY = Spec(layers=2, width=8, heads=4, kv_heads=2, head=4, ffn=6, vocab=11)
 WIDE = Spec(layers=3, width=256, heads=4, kv_heads=2, head=64, ffn=256, vocab=300)
 Q4_K_M = {"1.attn_v": Type.Q6_K, "1.ffn_down": Type.Q6_K, "output.": Type.Q6_K, "attn_norm": Type.F32}

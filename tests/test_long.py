@@ -96,9 +96,8 @@ def chat(name: str, chunk: int, window: int, dtype: str, answer: bool, *, ring: 
 
 
 CHATS = {
-    "gemma4-e": ("gemma4-e", 48, 16, "float32", False),  # chunks longer than the window; layers that share keys
+    "bfloat16": ("gemma4-e", 48, 16, "bfloat16", False),  # chunks longer than the window; layers that share keys
     "gpt-oss": ("gpt-oss", 48, 64, "float32", True),  # shorter ones; sinks
-    "bfloat16": ("gpt-oss", 48, 64, "bfloat16", False),
 }
 
 

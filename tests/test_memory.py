@@ -153,6 +153,7 @@ def programs(model: Any, params: Any, slots: int, chunk: int, sharding: Any = No
     }
 
 
+@pytest.mark.usefixtures("quick_compiler")  # which leaves out what comes after buffers have their places
 @pytest.mark.parametrize(
     ("name", "expand", "chunk"),
     [

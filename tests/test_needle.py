@@ -21,7 +21,7 @@ from jaxinfer.snapkv import Eviction
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
-LENGTH, NEW = 500, 8
+LENGTH, NEW = 240, 8
 
 
 @cache
@@ -106,7 +106,7 @@ def test_each_policy_answers_as_a_session_of_its_own(monkeypatch):
 
     monkeypatch.setattr(Session, "decode", spy)
     some = [Policy("full"), *(Policy(*one) for one in EVICTIONS.items())]
-    options = {"lengths": [LENGTH], "depths": depths, "seeds": 1, "max_tokens": NEW, "chunk": 256, "batch": 2}
+    options = {"lengths": [LENGTH], "depths": depths, "seeds": 1, "max_tokens": NEW, "chunk": 64, "batch": 2}
     got = list(answers(model, params, tokenizer, some, **options))
     monkeypatch.undo()
     assert [(one.policy, one.depth) for one in got] == [(p.name, depth) for p in some for depth in depths]
@@ -117,12 +117,12 @@ def test_each_policy_answers_as_a_session_of_its_own(monkeypatch):
         full = [c for c in session.cache if isinstance(c, KVCache) and c.chunk is None]
         assert got[2 * i].cache_bytes * 2 == size_bytes(session.cache)
         whole = policy in ("full", "all", "auto")
-        assert {c.k.shape[3] for c in full} == {512 if whole else 64 + NEW}
+        assert {c.k.shape[3] for c in full} == {256 if whole else 64 + NEW}
         assert got[2 * i].keep == {"full": 0, "all": LENGTH, "auto": 0}.get(policy, 64)
         if policy in ("all", "auto"):
             assert session.kept is None
             continue
-        own = Session(model, params, ctx=LENGTH + NEW, chunk=256, batch=2, eviction=eviction)
+        own = Session(model, params, ctx=LENGTH + NEW, chunk=64, batch=2, eviction=eviction)
         own.extend([case.tokens for case in cases])
         if eviction:
             own.evict(NEW)

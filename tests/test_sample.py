@@ -16,6 +16,8 @@ import pytest
 
 from jaxinfer.sample import Sampler, draw
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 DATA = Path(__file__).parent / "data" / "sampling"
 OFF = Sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 WIDTH = 2000  # of the longest golden vector; the others are filled up with -inf, which no step may choose

@@ -35,29 +35,28 @@ def golden():
     return np.load(f"{GOLDEN}.npz"), json.loads(Path(f"{GOLDEN}.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "expand"), [("short", None), ("chat", False)])
-def test_logits_and_likelihood(golden, name, expand):
+def test_logits_and_likelihood(loaded, golden):
+    """With packed weights."""
     arrays, _ = golden
-    model, params, _ = load(expand)
-    tokens = arrays[f"{name}_tokens"].tolist()
+    model, params, _ = loaded
+    tokens = arrays["chat_tokens"].tolist()
     logits = jaxinfer.score(model, params, tokens)
-    best = logits[-1, arrays[f"{name}_dequant_top50_ids"]]
+    best = logits[-1, arrays["chat_dequant_top50_ids"]]
     # A hundred times llama.cpp's own float noise on this model, 5e-5 in a logit.
-    np.testing.assert_allclose(best, arrays[f"{name}_dequant_top50_logits"], rtol=0, atol=5e-3)
+    np.testing.assert_allclose(best, arrays["chat_dequant_top50_logits"], rtol=0, atol=5e-3)
     logits = logits[:-1].astype(np.float64)
     top = logits.max(axis=1)
     nll = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top - logits[range(len(tokens) - 1), tokens[1:]]
-    np.testing.assert_allclose(nll.sum(), arrays[f"{name}_dequant_nll_sum"], rtol=0, atol=0.02)
+    np.testing.assert_allclose(nll.sum(), arrays["chat_dequant_nll_sum"], rtol=0, atol=0.02)
 
 
-# Packed weights are slow to decode with on a CPU: fewer of the tokens.
-@pytest.mark.parametrize(("name", "expand", "steps"), [("short", None, 32), ("chat", False, 8)])
-def test_greedy_tokens(golden, name, expand, steps):
+def test_greedy_tokens(golden):
+    """With weights as they are loaded without more said: expanded."""
     arrays, _ = golden
-    tokens, want = arrays[f"{name}_tokens"].tolist(), arrays[f"{name}_dequant_greedy_tokens"].tolist()
-    options = {"max_tokens": steps, "sampler": Sampler.greedy(), "ctx": CTX}
-    assert arrays[f"{name}_dequant_greedy_margins"].min() > 0.01  # far above the noise, so the tokens are determined
-    assert [p.token for p in jaxinfer.stream(*load(expand), tokens, **options)] == want[:steps]
+    tokens, want = arrays["short_tokens"].tolist(), arrays["short_dequant_greedy_tokens"].tolist()
+    options = {"max_tokens": 32, "sampler": Sampler.greedy(), "ctx": CTX}
+    assert arrays["short_dequant_greedy_margins"].min() > 0.01  # far above the noise, so the tokens are determined
+    assert [p.token for p in jaxinfer.stream(*load(), tokens, **options)] == want[:32]
 
 
 def test_text_and_chat_messages_become_the_golden_tokens(loaded, golden):
@@ -72,7 +71,7 @@ def test_it_answers_in_english(loaded):
     text = jaxinfer.generate(
         *loaded,
         [{"role": "user", "content": "What is the capital of France?"}],
-        max_tokens=300,  # it ends far before; as many slots as for the chat above, for which decoding is compiled
+        max_tokens=300,  # it ends far before
         ctx=CTX,
         sampler=Sampler.greedy(),
     )
