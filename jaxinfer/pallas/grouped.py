@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.pallas import registers, units
 from jaxinfer.pallas.limbs import RUN
-from jaxinfer.pallas.registers import SUMS, TURNED, tiled
+from jaxinfer.pallas.registers import SUMS, TURNED, tiled, when
 from jaxinfer.pallas.tiles import TILES, UNIT, Tile
 from jaxinfer.quants import Packed, Weight, at, dense
 from jaxinfer.tree import Index
@@ -384,11 +384,11 @@ def _launch(
                 def products(acc: Any) -> Array:
                     gmem = weights_gmem[s][which]
 
-                    def numbers_of(i: Any) -> dict[str, Array]:
+                    def numbers_of(i: Any) -> list[Array]:
                         """A step's scales, a step before; many columns leave no registers for them, nor a wait."""
-                        return source.numbers(gmem, entry, mine, i) if most <= COLUMNS // 2 else {}
+                        return source.numbers(gmem, entry, mine, i) if most <= COLUMNS // 2 else []
 
-                    def step(i: Array, numbers: dict[str, Array]) -> dict[str, Array]:
+                    def step(i: Array, numbers: list[Array]) -> list[Array]:
                         following = numbers_of(i + 1)
                         to = lax.rem(done + i, w_stages)
                         plgpu.barrier_wait(w_full[ring].at[to])
@@ -407,7 +407,7 @@ def _launch(
                             if not packed:
                                 plgpu.wgmma_wait(1)
                             # The products of the chunk before are done.
-                            pl.when(i > 0)(partial(release, i, -1)) if c == 0 else release(i, c - 1)
+                            when(i > 0, partial(release, i, -1)) if c == 0 else release(i, c - 1)
                         if packed:
                             plgpu.commit_smem()  # all codes are read that the next copy overwrites
                             plgpu.barrier_arrive(w_free[ring].at[to])
@@ -449,11 +449,11 @@ def _launch(
                     both = [columns(mine), plgpu.load(spare_smem.at[1 - side], layout=plgpu.Layout.WGMMA)]
                     meet()
                     y = combine(*both[:: 1 - 2 * side])
-                    pl.when(mine < rows)(partial(store, mine, k, y))
+                    when(mine < rows, partial(store, mine, k, y))
 
                 def end(do: Callable[[int, int], None]) -> None:
                     for k, first in enumerate(range(0, most, parts * piece)):
-                        pl.when(first < rows)(partial(do, first, k))
+                        when(first < rows, partial(do, first, k))
 
                 if combine is None:
                     end(finish)
@@ -461,14 +461,14 @@ def _launch(
                     end(partial(exchange, which))
                 else:
                     for side in range(COMPUTING):
-                        pl.when(wg == side)(partial(end, partial(exchange, side)))
+                        when(wg == side, partial(end, partial(exchange, side)))
 
             for which in range(len(sets[0].sources)):
-                _when(len(sets[0].sources) == 1 or wg == which, partial(over_items, partial(one_item, which)))
+                when(len(sets[0].sources) == 1 or wg == which, partial(over_items, partial(one_item, which)))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        pl.when(wg == COMPUTING)(produce)
-        pl.when(wg < COMPUTING)(compute)
+        when(wg == COMPUTING, produce)
+        when(wg < COMPUTING, compute)
 
     def barriers(stages: int, arrivals: int) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
@@ -501,10 +501,6 @@ def _launch(
         jnp.asarray(layer, jnp.int32).reshape(1),
         items,
     )
-
-
-def _when(condition: Any, do: Callable[[], None]) -> None:
-    do() if condition is True else pl.when(condition)(do)
 
 
 def _check(x: Any, weights: Any, combine: Any, axes: int) -> None:
@@ -574,25 +570,11 @@ class _Plain(_Source):
         here = gmem.at[entry, pl.ds(row, ROWS), pl.ds(self.start(i), CHUNK)]
         plgpu.copy_gmem_to_smem(here, smem, full)
 
-    def numbers(self, gmem: Any, entry: Any, row: Any, i: Any) -> dict[str, Array]:
-        return {}
+    def numbers(self, gmem: Any, entry: Any, row: Any, i: Any) -> list[Array]:
+        return []
 
-    def operands(self, gmem: Any, smem: Any, entry: Any, row: Any, i: Any, numbers: dict[str, Array]) -> Any:
+    def operands(self, gmem: Any, smem: Any, entry: Any, row: Any, i: Any, numbers: list[Array]) -> Any:
         return smem
-
-
-class _Unit(units.Loaded):
-    """A step of packed rows; numbers that were `found` before are not loaded again."""
-
-    def __init__(self, *where: Any, found: dict[str, Array], interpret: bool):
-        super().__init__(*where, interpret=interpret)
-        self.found = dict(found)
-
-    def _load(self, plane: str, first: int, count: int | None, layout: Any) -> Array:
-        name = f"{plane} {first}"
-        if name not in self.found:
-            self.found[name] = super()._load(plane, first, count, layout)
-        return self.found[name]
 
 
 class _Codes(_Source):
@@ -635,19 +617,16 @@ class _Codes(_Source):
     def copy(self, gmem: Any, smem: Any, full: Any, entry: Any, row: Any, i: Any) -> None:
         units.copy(gmem, smem, full, self.w.format, units.TALL, *self._at(entry, row, i))
 
-    def _unit(self, gmem: Any, entry: Any, row: Any, i: Any, found: dict[str, Array]) -> _Unit:
+    def _unit(self, gmem: Any, entry: Any, row: Any, i: Any, found: Sequence[Array] = ()) -> units.Loaded:
         place = self._at(entry, row, i)
-        return _Unit(gmem, self.w.format, units.TALL, *place, found=found, interpret=self.interpret)
+        return units.Loaded(gmem, self.w.format, units.TALL, *place, found=found, interpret=self.interpret)
 
-    def numbers(self, gmem: Any, entry: Any, row: Any, i: Any) -> dict[str, Array]:
+    def numbers(self, gmem: Any, entry: Any, row: Any, i: Any) -> list[Array]:
         """What the scales and offsets of a step are made of."""
-        unit = self._unit(gmem, entry, row, i, {})
-        for half in range(32 // self.tile.group):
-            self.tile.affine(unit, half)
-        return unit.found
+        return self._unit(gmem, entry, row, i).numbers()
 
     def operands(
-        self, gmem: Any, smem: Any, entry: Any, row: Any, i: Any, numbers: dict[str, Array]
+        self, gmem: Any, smem: Any, entry: Any, row: Any, i: Any, numbers: list[Array]
     ) -> Callable[[int], Array]:
         """Each 64 elements of the 64 rows, as values."""
         unit = self._unit(gmem, entry, row, i, numbers)

@@ -166,10 +166,7 @@ def product(
         ws = [None if norm_gmem is None else row.load(norm_gmem.at[layer], part) for part in there]
         for part, x, w in zip(parts, xs, ws, strict=True):
             one = partial(row.make, part, x, rms, w, out, partial(registers.write, interpret=interpret), narrow=narrow)
-            if row.parts % warpgroups and part is parts[-1]:
-                pl.when(part < row.parts)(one)
-            else:
-                one()
+            registers.when(part < row.parts if row.parts % warpgroups and part is parts[-1] else True, one)
         registers.meet(interpret=interpret)
         if warpgroups > 1:
             plgpu.barrier_arrive(met)
@@ -225,7 +222,7 @@ def product(
                 if warpgroups > 1:
                     plgpu.barrier_arrive(met)
                     plgpu.barrier_wait(met)
-                pl.when(wg == 0)(partial(finish, i, tile, buffer, [one.base + tile for one in many]))
+                registers.when(wg == 0, partial(finish, i, tile, buffer, [one.base + tile for one in many]))
                 return [following for _, following in found]
 
             lax.fori_loop(many[0].start, many[0].stop, one_tile, [one.ahead(one.start, 0) for one in many])
@@ -353,31 +350,24 @@ class _Rows:
         """Begins to copy the n-th step of all tiles, if there is one."""
         s, slot = self.share, self._slot(n)
 
-        @pl.when(n < s.steps * (self.stop - self.start))
-        def _() -> None:
+        def begin() -> None:
             tile, i = self.start + lax.div(n, s.steps), lax.rem(n, s.steps)
             _, run = self._run(i)
             copy(self.planes, self._room(slot), self.full.at[slot], self.form, s.step, self.base + tile, run)
+
+        registers.when(n < s.steps * (self.stop - self.start), begin)
 
     def begin(self) -> None:
         for n in range(self.share.depth):
             self._copy(jnp.int32(n))
 
-    def _loaded(self, tile: Any, i: Any, raw: Sequence[Array] = ()) -> Loaded:
-        _, run = self._run(i)
-        return Loaded(
-            self.planes, self.form, self.share.step, self.base + tile, run, raw=raw, interpret=self.share.interpret
-        )
-
-    def _affine(self, unit: Loaded) -> list[Any]:
-        tile = TILES[self.form.name]
-        return [tile.affine(unit, half) for half in range(2 if tile.group == 16 else 1)]
+    def _loaded(self, tile: Any, i: Any, found: Sequence[Array] = ()) -> Loaded:
+        s, (_, run) = self.share, self._run(i)
+        return Loaded(self.planes, self.form, s.step, self.base + tile, run, found=found, interpret=s.interpret)
 
     def ahead(self, tile: Any, i: Any) -> list[Array]:
         """What scales are made of in a tile's i-th step, as it lies in memory; some other if there is no such tile."""
-        unit = self._loaded(jnp.minimum(tile, jnp.maximum(self.stop - 1, 0)), i)
-        self._affine(unit)
-        return unit.raw
+        return self._loaded(jnp.minimum(tile, jnp.maximum(self.stop - 1, 0)), i).numbers()
 
     def add(self, tile: Any, i: Any, ys: list[Sums], raw: list[Array]) -> tuple[list[Sums], list[Array]]:
         """Each token's sums of every row, warp and column after a tile's i-th step, and what is `ahead` of the next."""
@@ -386,12 +376,12 @@ class _Rows:
         zero = {d: plgpu.layout_cast(jnp.zeros(shape, d), SUMS) for d in (jnp.int32, jnp.float32)}
         (begin, run), n = self._run(i), (tile - self.start) * s.steps + i
         unit, slot, last = self._loaded(tile, i, raw), self._slot(n), i + 1 == s.steps
-        following = self.ahead(tile + last.astype(jnp.int32), jnp.where(last, 0, i + 1))
+        following = self.ahead(jnp.where(last, tile + 1, tile), jnp.where(last, 0, i + 1))
         plgpu.barrier_wait(self.full.at[slot])
         unit.take(self._room(slot))
         registers.landed([w for words in unit.words.values() for w in words], s.spare, interpret=interpret)
         self._copy(n + s.depth)
-        affine = self._affine(unit)
+        affine = unit.affine()
         codes = [form.values(unit, i) for i in range(16)]
         terms = [zero[jnp.float32]] * s.tokens
         each = 2 if s.pairs else 1  # tokens of a product
@@ -402,10 +392,10 @@ class _Rows:
                     for i in range(each)
                 ]
                 zs = (zero[jnp.int32],) * each
-                for g in range(GROUPS):
-                    a = codes[8 * half + g :][:1] if narrow else codes[2 * g :][:2]
-                    limbs = registers.mma(zero[jnp.int32], tuple(a), xs[0].limbs(g // 4), interpret=interpret)
-                    zs = registers.put(zs, limbs, g, interpret=interpret)
+                for first in range(0, GROUPS, 4):
+                    groups = range(first, first + 4)
+                    a = [tuple(codes[8 * half + g :][:1] if narrow else codes[2 * g :][:2]) for g in groups]
+                    zs = registers.products(zs, a, xs[0].limbs(first // 4), first // 4, interpret=interpret)
                 for j, (x, z) in enumerate(zip(xs, zs, strict=True), t):
                     terms[j] = terms[j] + scale * x.scale() * z.astype(jnp.float32)
                     if offset is not None:

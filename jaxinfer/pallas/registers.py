@@ -4,7 +4,8 @@ Arrays are of a warpgroup; a layout says which thread holds what. Each function 
 meaning, for the interpreter, which has no registers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -20,6 +21,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Int, Shaped
 
 PARTIAL_STORE: Any = getattr(plgpu, "store", None)  # jax 0.12 has it
+SomeLayout: Any = plgpu.Layout.__mro__[1]  # has no public name
 inline: Any = plgpu.inline_mgpu  # the decorated function's first argument, a context, is not its caller's
 
 type Words = Shaped[Array, "16 4 4"]  # [row, warp, t]
@@ -29,14 +31,26 @@ type Heads = Shaped[Array, "16 4"]  # [row, warp]
 PERMUTED = (0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)  # of 16 columns, as `operand` has them
 
 
+@dataclass(frozen=True)
+class _Layout(SomeLayout):
+    """A layout that is made once. Pallas makes its own, and those reduced from them, anew for each use."""
+
+    made: fa.TiledLayout
+
+    def to_mgpu(self) -> fa.TiledLayout:
+        return self.made
+
+    def reduce(self, axes: int | Sequence[int]) -> "_Layout":
+        return _Layout(self.made.reduce((axes,) if isinstance(axes, int) else axes))
+
+
 def layout(tiles: Sequence[tuple[int, ...]], warps: Sequence[Any], lanes: Sequence[Any], vector: int = -1) -> Any:
     """A layout by its tilings, and by the dimensions that they make: of warps, of lanes, and in a register.
 
     See jax.experimental.mosaic.gpu.fragmented_array.TiledLayout.
     """
     t = fa.TiledLayout(fa.Tiling(tuple(tiles)), tuple(warps), tuple(lanes), vector, _check_canonical=False)
-    t = t.canonicalize()
-    return plgpu.Layout.TILED(t.tiling, t.warp_dims, t.lane_dims, t.vector_dim)
+    return _Layout(t.canonicalize())
 
 
 def tiled(width: int, bits: int = 16) -> tuple[Any, Any]:
@@ -68,6 +82,14 @@ def bytes_layout(size: int, rows: int = 16) -> Any:
     if rows == 64:
         return layout([(64, size), (16, size), (8, 16), (4,)], (-7,), (-3, -2))
     return layout([(16, 4 * size), (8, size), (8, 16), (4,)], (-6,), (-3, -2))
+
+
+def when(condition: Any, do: Callable[[], None]) -> None:
+    """do() where a condition holds. pl.when casts it to a number; for each cast jax 0.11 asks ptxas for its version."""
+    if condition is True:
+        do()
+    else:
+        lax.switch(lax.select(condition, jnp.int32(1), jnp.int32(0)), [lambda: None, do])
 
 
 def gather(ref: Any, index: Int[Array, "*n"], layout: Any, *, interpret: bool) -> Array:
@@ -230,69 +252,55 @@ def spread(first: Array, second: Array, of: Any, *, interpret: bool) -> Sums:
     return relabel(first, second)
 
 
-def mma(acc: Sums, a: tuple[Words, ...], b: tuple[Int[Array, "*warp 4 2 4"], ...], *, interpret: bool) -> Sums:
-    """acc + a b for each warp: of signed bytes, 16 of a row and a column for each of a and b, 1 or 2 (mma.sync).
+def products(
+    accs: tuple[Sums, ...],
+    a: Sequence[tuple[Words, ...]],
+    b: tuple[Int[Array, "*warp 4 2 4"], ...],
+    s: int,
+    *,
+    interpret: bool,
+) -> tuple[Sums, ...]:
+    """Products of signed bytes for each warp, of four `a`, of groups 4 s + t, with b: 16 or 32 of a row (mma.sync).
 
-    b is of LIMBS, of all warps or of each.
+    Of the t-th, columns 2 t and 2 t + 1 become column 2 t + s of accs: each of an array of its own, or of a single one,
+    256 times the first plus the second. b is of LIMBS, of all warps or of each.
     """
     if interpret:
-        rows, columns = ([lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int32) for x in xs] for xs in (a, b))
-        columns = [jnp.broadcast_to(y.reshape(-1, 8, 4, 4), (4, 8, 4, 4)) for y in columns]
-        return acc + sum(jnp.einsum("rwti,wgti->rwg", x, y) for x, y in zip(rows, columns, strict=True))
-    out, n = plgpu.ShapeDtypeStruct((16, 4, 8), jnp.int32, SUMS), len(a)
-    limbs = LIMBS if b[0].ndim == 4 else LIMBS.reduce((0,))
+        for t, words in enumerate(a):
+            rows, columns = ([lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int32) for x in xs] for xs in (words, b))
+            columns = [jnp.broadcast_to(y.reshape(-1, 8, 4, 4), (4, 8, 4, 4)) for y in columns]
+            limbs: Any = sum(jnp.einsum("rwti,wgti->rwg", x, y) for x, y in zip(rows, columns, strict=True))
+            first, second = limbs[:, :, 2 * t], limbs[:, :, 2 * t + 1]
+            values = (256 * first + second,) if len(accs) == 1 else (first, second)
+            accs = tuple(acc.at[:, :, 2 * t + s].set(value) for acc, value in zip(accs, values, strict=True))
+        return accs
+    n, out = len(b), plgpu.ShapeDtypeStruct((16, 4, 8), jnp.int32, SUMS)
+    of = LIMBS if b[0].ndim == 4 else LIMBS.reduce((0,))
+    names = [f"${i}" for i in range(8 + 3 * n)]
+    groups = (names[:4], names[4 : 4 + 2 * n], names[4 + 2 * n : 4 + 3 * n], names[4 + 3 * n :])
+    operands = ", ".join(f"{{{','.join(group)}}}" for group in groups)
+    ptx = f"mma.sync.aligned.m16n8k{16 * n}.row.col.s32.s8.s8.s32 {operands};"
+    constraints = ",".join(["=r"] * 4 + ["r"] * (4 + 3 * n))
 
-    @inline(arg_types=(SUMS, (WORDS,) * n, (limbs,) * n), return_type=out)
-    def multiply(ctx: Any, acc: Any, a: Any, b: Any) -> fa.FragmentedArray:
-        sums = [_element(r, i) for r in acc.registers.flatten() for i in (0, 1)]
-        given = [_element(r) for x in (*a, *b) for r in x.registers.flatten()]
-        names = [f"${i}" for i in range(8 + 3 * n)]
-        groups = (names[:4], names[4 : 4 + 2 * n], names[4 + 2 * n : 4 + 3 * n], names[4 + 3 * n :])
-        operands = ", ".join(f"{{{','.join(group)}}}" for group in groups)
-        made = llvm.inline_asm(
-            llvm.StructType.get_literal([_i32()] * 4),
-            [*given, *sums],
-            f"mma.sync.aligned.m16n8k{16 * n}.row.col.s32.s8.s8.s32 {operands};",
-            ",".join(["=r"] * 4 + ["r"] * (4 + 3 * n)),
-            has_side_effects=False,
-        )
-        got = [llvm.extractvalue(_i32(), made, [i]) for i in range(4)]
-        pairs = [vector.from_elements(ir.VectorType.get((2,), _i32()), got[i : i + 2]) for i in (0, 2)]
-        return _array(pairs, SUMS, (16, 4, 8))
-
-    return multiply(acc, a, b)
-
-
-def put(accs: tuple[Sums, ...], limbs: Sums, group: int, *, interpret: bool) -> tuple[Sums, ...]:
-    """Columns 2 t and 2 t + 1 of `limbs` in column 2 t + s, for group 4 s + t: each in an array of its own, or in one.
-
-    There it is 256 times the first plus the second.
-    """
-    s, t = divmod(group, 4)
-    if interpret:
-        first, second = limbs[:, :, 2 * t], limbs[:, :, 2 * t + 1]
-        values = (256 * first + second,) if len(accs) == 1 else (first, second)
-        return tuple(acc.at[:, :, 2 * t + s].set(value) for acc, value in zip(accs, values, strict=True))
-    out = plgpu.ShapeDtypeStruct((16, 4, 8), jnp.int32, SUMS)
-
-    @inline(arg_types=((SUMS,) * len(accs), SUMS), return_type=(out,) * len(accs))
-    def select(ctx: Any, accs: Any, limbs: fa.FragmentedArray) -> tuple[fa.FragmentedArray, ...]:
-        lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(4, _i32()))
-        mine = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.c(t, _i32()))
-        made = []
-        for i, acc in enumerate(accs):
-            rows = []
-            for old, new in zip(acc.registers.flatten(), limbs.registers.flatten(), strict=True):
-                value = _element(new, i)
+    @inline(arg_types=((SUMS,) * len(accs), ((WORDS,) * n,) * len(a), (of,) * n), return_type=(out,) * len(accs))
+    def multiply(ctx: Any, accs: Any, a: Any, b: Any) -> tuple[fa.FragmentedArray, ...]:
+        rows = [[[_element(r, i) for i in (0, 1)] for r in acc.registers.flatten()] for acc in accs]
+        lane, zero = arith.remui(mgpu.utils.thread_idx(), mgpu.c(4, _i32())), mgpu.c(0, _i32())
+        for t, words in enumerate(a):
+            given = [_element(r) for x in (*words, *b) for r in x.registers.flatten()]
+            four = llvm.StructType.get_literal([_i32()] * 4)
+            made = llvm.inline_asm(four, [*given, *[zero] * 4], ptx, constraints, has_side_effects=False)
+            mine = arith.cmpi(arith.CmpIPredicate.eq, lane, mgpu.c(t, _i32()))
+            for half in (0, 1):
+                values = [llvm.extractvalue(_i32(), made, [2 * half + i]) for i in (0, 1)]
                 if len(accs) == 1:
-                    value = arith.addi(arith.muli(value, mgpu.c(256, _i32())), _element(new, 1))
-                pair = [_element(old, 0), _element(old, 1)]
-                pair[s] = arith.select(mine, value, pair[s])
-                rows.append(vector.from_elements(ir.VectorType.get((2,), _i32()), pair))
-            made.append(_array(rows, SUMS, (16, 4, 8)))
-        return tuple(made)
+                    values = [arith.addi(arith.muli(values[0], mgpu.c(256, _i32())), values[1])]
+                for row, value in zip(rows, values, strict=True):
+                    row[half][s] = arith.select(mine, value, row[half][s])
+        pair = ir.VectorType.get((2,), _i32())
+        return tuple(_array([vector.from_elements(pair, one) for one in row], SUMS, (16, 4, 8)) for row in rows)
 
-    return select(accs, limbs)
+    return multiply(accs, tuple(a), b)
 
 
 def lookup(x: Words, table: Sequence[int], *, interpret: bool) -> Words:

@@ -82,13 +82,13 @@ class Tile:
     affine: Callable[[Unit, int], Affine]
 
 
-def _nibble(words: Words, high: int) -> Words:
-    return (words >> (4 * high)) & 0x0F0F0F0F
-
-
 def _bits_from(words: Words, right: int, mask: int) -> Words:
     """The bits of a mask, after a shift to the right, or to the left."""
     return ((words >> right if right >= 0 else words << -right) if right else words) & mask
+
+
+def _nibble(words: Words, high: int) -> Words:
+    return _bits_from(words, 4 * high, 0x0F0F0F0F)
 
 
 def _nibbles_of_32(unit: Unit, i: int) -> Words:

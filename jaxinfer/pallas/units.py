@@ -6,9 +6,10 @@ numbers that are none are loaded from where they lie.
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jaxinfer.pallas.tiles import TILES, UNIT, Tile
 from jaxinfer.quants import Format, Packed
 
 load = partial(plgpu.load, optimized=False)
+once: Any = cached_property  # which pyright takes for no attribute of a protocol
 
 
 class Step(NamedTuple):
@@ -71,7 +73,7 @@ def copy(gmem: dict[str, Any], smem: dict[str, Any], full: Any, form: Format, st
 class Loaded:
     """A step of a tile of rows, see tiles.Unit; its codes are there once they were taken from shared memory.
 
-    `raw` are the first numbers that are no codes, as another one has loaded them for this place, in its order.
+    Numbers that are no codes and were `found` before, by `numbers` of this place, are not loaded again.
     """
 
     def __init__(
@@ -82,19 +84,34 @@ class Loaded:
         tile: Any,
         run: Any,
         *,
-        raw: Sequence[Array] = (),
+        found: Sequence[Array] = (),
         interpret: bool,
     ):
         self.gmem, self.form, self.step, self.at, self.interpret = gmem, form, step, (tile, run), interpret
-        self.given, self.raw = iter(raw), []
-        self.t = plgpu.broadcasted_iota(jnp.int32, (16, 4, 4), 2, layout=WORDS)
-        self.column = plgpu.broadcasted_iota(jnp.int32, (16, 4, 8), 2, layout=SUMS) >> 1
+        needs = _needs(form) if found else ()
+        self.found = {need[:2]: number for need, number in zip(needs, found, strict=True)}
         self.words: dict[str, tuple[Words, ...]] = {}
         self.heads: dict[tuple[str, int], Words] = {}
 
     @property
     def tile(self) -> Tile:
         return TILES[self.form.name]
+
+    @once
+    def t(self) -> Words:
+        return plgpu.broadcasted_iota(jnp.int32, (16, 4, 4), 2, layout=WORDS)
+
+    @once
+    def column(self) -> Sums:
+        return plgpu.broadcasted_iota(jnp.int32, (16, 4, 8), 2, layout=SUMS) >> 1
+
+    def affine(self) -> list[tuple[Sums, Sums | None]]:
+        """Scales and offsets of 8 groups of 32, or of those of 16 of each half."""
+        return [self.tile.affine(self, half) for half in range(32 // self.tile.group)]
+
+    def numbers(self) -> list[Array]:
+        """What `affine` is made of, as it lies in memory."""
+        return [self._read(*number) for number in _needs(self.form)]
 
     def take(self, smem: dict[str, Any]) -> None:
         """Loads the codes, which have arrived."""
@@ -104,9 +121,9 @@ class Loaded:
 
     def _load(self, plane: str, first: int, count: int | None, layout: Any) -> Array:
         """Numbers of a unit from the `first` on, or that one alone."""
-        given = next(self.given, None)
-        self.raw.append(self._read(plane, first, count, layout) if given is None else given)
-        return self.raw[-1]
+        if (plane, first) not in self.found:
+            self.found[plane, first] = self._read(plane, first, count, layout)
+        return self.found[plane, first]
 
     def _read(self, plane: str, first: int, count: int | None, layout: Any) -> Array:
         tile, run = self.at
@@ -153,3 +170,26 @@ class Loaded:
 
     def fields(self, word: Heads, width: int) -> Sums:
         return self._spread(word, word >> (4 * width), HEADS) >> (width * self.column)
+
+
+type Need = tuple[str, int, int | None, Any]  # what Loaded._load takes
+
+
+class _Asked(Loaded):
+    """A step that is nowhere, and the numbers that were asked of it."""
+
+    def __init__(self, form: Format):
+        super().__init__({}, form, WIDE, 0, 0, interpret=True)
+        self.asked: list[Need] = []
+
+    def _load(self, plane: str, first: int, count: int | None, layout: Any) -> Array:
+        self.asked.append((plane, first, count, layout))
+        return jnp.zeros((16, 4) if count is None else (16, 4, count), self.form.fields[plane].base)
+
+
+@cache
+def _needs(form: Format) -> tuple[Need, ...]:
+    """What `Loaded.affine` loads. That is traced apart from a kernel, which is lowered with all that it traces."""
+    unit = _Asked(form)
+    jax.eval_shape(unit.affine)
+    return tuple(unit.asked)
