@@ -3,7 +3,7 @@
 To trace and to lower a program of GPU kernels is Python's work, and takes longer than to load the weights. XLA's
 compilation cache saves none of it, as it goes by the lowered program. So where there is such a cache, its folder also
 has lowered programs, each under a hash of all that it is made from: this package's source, versions, settings of JAX,
-static arguments, and the others' shapes.
+static arguments, and the others' shapes. What is read there is trusted, as XLA's machine code beside it is.
 
 XLA compiles the kernels of a program one after the other. Mosaic remembers those that a process has compiled: so each
 is compiled before in a program of its own, all at once.

@@ -198,7 +198,7 @@ def test_long_programs_walk(monkeypatch):
 
 
 def run(capfd, *argv: str) -> tuple[int, str, str]:
-    return cli.main(["bench", "matmul", *argv]), *capfd.readouterr()
+    return cli.main(["bench", "matmul", *argv, "--no-compile-cache"]), *capfd.readouterr()
 
 
 def test_from_the_command_line(capfd, tmp_path):

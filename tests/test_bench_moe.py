@@ -162,7 +162,7 @@ def test_few_tokens_on_hopper(monkeypatch):
 
 
 def run(capfd, *argv: str) -> tuple[int, str, str]:
-    return cli.main(["bench", "moe", *argv]), *capfd.readouterr()
+    return cli.main(["bench", "moe", *argv, "--no-compile-cache"]), *capfd.readouterr()
 
 
 def test_from_the_command_line(capfd, tmp_path):
