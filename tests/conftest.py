@@ -30,6 +30,14 @@ def pytest_runtest_teardown() -> None:
         gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    """The command line sets where programs are kept, and whether, for its whole process."""
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 @pytest.fixture
 def quick_compiler(request) -> Iterator[None]:
     """Compiling tiny programs takes most of the tests' time, so a fifth less; the marked ones compile as users do."""

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import gguf
-import jax
 import pytest
 from goldens import model_path
 
@@ -33,11 +32,7 @@ ASK = ["-m", MODEL, "--temp", "0", "-n", "6", "--no-compile-cache", "--no-expand
 
 def run(capfd, *argv: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr)"""
-    try:
-        code = cli.main(list(argv))
-    finally:  # the tests that follow in this process keep no programs
-        jax.config.update("jax_compilation_cache_dir", None)
-    return code, *capfd.readouterr()
+    return cli.main(list(argv)), *capfd.readouterr()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Programs that are kept in files, and their kernels apart: what is found again, and when it must not be."""
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +21,9 @@ NORMED = X / np.sqrt((X**2).mean(1, keepdims=True) + 1)
 
 
 @pytest.fixture
-def folder(tmp_path) -> Iterator[Path]:
-    before = jax.config.jax_compilation_cache_dir
+def folder(tmp_path) -> Path:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", before)
+    return tmp_path
 
 
 def norm() -> Program:
