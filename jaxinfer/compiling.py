@@ -2,8 +2,9 @@
 
 A program's kernels are traced with it. They are lowered with it too, in Python, but only as far as Mosaic's dialects:
 what LLVM and ptxas make of them is made while XLA compiles the program, where no clock can tell them apart. So each
-kernel is lowered and compiled once more in a program of its own. What XLA takes for such a program without a kernel,
-less than 0.1 s, is in a kernel's time. What a program takes beyond its kernels is XLA's, and the tracing.
+kernel is lowered and compiled once more in a program of its own, one after the other, where a run compiles them at once
+(see programs.py). What XLA takes for such a program without a kernel, less than 0.1 s, is in a kernel's time. What a
+program takes beyond its kernels is XLA's, and the tracing.
 """
 
 import time

@@ -12,7 +12,6 @@ is compiled before in a program of its own, all at once.
 import functools
 import hashlib
 import inspect
-import os
 import pickle
 import re
 import sys
@@ -105,7 +104,7 @@ class Program:
         static, dynamic = self._split(args, kwargs)
         leaves, tree = jax.tree.flatten(dynamic)
         key, kept = _Key.of(static, leaves, tree), None
-        if (path := _path(self, (static, dynamic), key)) is None:
+        if (path := _path(self, key)) is None:
             lowered = self._jitted.lower(*args, **kwargs)
         else:
             if (kept := _read(path)) is None:
@@ -133,7 +132,7 @@ class Program:
 
         made, flat.__name__ = None, self.__name__
         platforms = ["cpu"] if device.platform == "cpu" else None  # the default one
-        shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in map(_kind, leaves)]
+        shapes = [jax.ShapeDtypeStruct(k.shape, k.dtype, weak_type=k.weak_type) for k in map(_Kind.of, leaves)]
         exported = jax.export.export(jax.jit(flat), platforms=platforms, disabled_checks=[ANY_CALL])(*shapes)
         return Kept(exported, made)
 
@@ -153,12 +152,24 @@ def program(**options: Any) -> Callable[[Callable[..., Any]], Program]:
     return lambda function: Program(function, **options)
 
 
+class _Kind(NamedTuple):
+    """All that a program knows of an argument."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    weak_type: bool
+
+    @classmethod
+    def of(cls, leaf: Any) -> "_Kind":
+        return cls(tuple(leaf.shape), leaf.dtype, getattr(leaf, "weak_type", False))
+
+
 class _Key(NamedTuple):
     """All that calls of one program have in common."""
 
     static: tuple[tuple[str, Any], ...]
     tree: Any
-    kinds: tuple[Any, ...]
+    kinds: tuple[_Kind, ...]
     devices: frozenset[Device]
     settings: tuple[Any, ...]
 
@@ -168,11 +179,7 @@ class _Key(NamedTuple):
         # Where there are shapes alone, the device that arrays would go to.
         devices = frozenset(device for one in placed for device in one.device_set) or frozenset(jax.local_devices()[:1])
         settings = tuple(getattr(jax.config, name) for name in THREADS_OWN)
-        return cls(tuple(static.items()), tree, tuple(map(_kind, leaves)), devices, settings)
-
-
-def _kind(leaf: Any) -> tuple[tuple[int, ...], Any, bool]:
-    return tuple(leaf.shape), leaf.dtype, getattr(leaf, "weak_type", False)
+        return cls(tuple(static.items()), tree, tuple(map(_Kind.of, leaves)), devices, settings)
 
 
 def kernels(lowered: jax.stages.Lowered, device: Device) -> list[jax.stages.Lowered]:
@@ -212,7 +219,7 @@ def _dtype(name: str) -> np.dtype:
     return jnp.dtype("bool" if bits == "1" else {"i": "int", "ui": "uint", "f": "float", "bf": "bfloat"}[kind] + bits)
 
 
-def _path(program: Program, args: Any, key: _Key) -> Path | None:
+def _path(program: Program, key: _Key) -> Path | None:
     """The file of a program; None where there is no folder for it, or no name that lasts for what it is made from."""
     folder = jax.config.jax_compilation_cache_dir
     if not folder or not jax.config.jax_enable_compilation_cache or "://" in folder or len(key.devices) != 1:
@@ -221,7 +228,7 @@ def _path(program: Program, args: Any, key: _Key) -> Path | None:
     (device,) = key.devices
     surroundings = _source(), version("jax"), version("jaxlib"), device.device_kind, settings, key.settings
     try:
-        made_from = _described((surroundings, program, args))
+        made_from = _described((surroundings, program, key.static, jax.tree.unflatten(key.tree, key.kinds)))
     except _Nameless:
         return None
     return Path(folder) / f"{program.__name__}-{hashlib.sha256(made_from.encode()).hexdigest()}.lowered"
@@ -238,11 +245,9 @@ class _Nameless(Exception):
 
 
 def _described(x: Any) -> str:
-    """What it is, in words that are the same in each process; of arrays their shapes."""
-    if x is None or isinstance(x, bool | int | float | str | bytes | np.dtype | Enum):
+    """What it is, in words that are the same in each process."""
+    if x is None or isinstance(x, bool | int | float | str | bytes | np.generic | np.dtype | Enum | _Kind):
         return repr(x)
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return repr(_kind(x))
     if isinstance(x, tuple | list):
         return f"{_named(type(x))}({', '.join(map(_described, x))})"
     if isinstance(x, Mapping):
@@ -282,8 +287,9 @@ def _write(path: Path, kept: Kept) -> None:
     data = kept.encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(data).digest() + data)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as place:
+            whole = Path(place) / path.name
+            whole.write_bytes(hashlib.sha256(data).digest() + data)
+            whole.replace(path)
     except OSError as error:
         warnings.warn(f"{path}: the program is not kept: {error}", stacklevel=2)

@@ -100,6 +100,17 @@ def test_what_has_no_lasting_name_is_not_kept(folder):
     assert not list(folder.glob("*.lowered"))
 
 
+def test_names_tell_values_and_types_apart():
+    scalars = [1, 1.0, True, "1", np.float32(1), np.float32(2), np.int32(1), np.dtype("int32")]
+    others = [[1], (1,), {"a": 1}, {"b": 1}, partial(rms_norm, eps=np.float32(1)), partial(rms_norm, eps=np.float32(2))]
+    names = [
+        programs._described(x) for x in [*scalars, *others, rms_norm, programs._Kind((1,), np.dtype("int32"), False)]
+    ]
+    assert len(set(names)) == len(names)
+    with pytest.raises(programs._Nameless):
+        programs._described(np.ones(2))
+
+
 def test_where_nothing_can_be_written_it_runs_and_says_so(folder):
     (folder / "file").write_text("")
     jax.config.update("jax_compilation_cache_dir", str(folder / "file" / "within"))
