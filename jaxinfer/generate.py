@@ -82,10 +82,10 @@ class Run:
                 if not running:
                     tell(name, None)
                 running[name] = [pool.submit(prepare()) for prepare in prepares]
-            for name, all_of_it in running.items():
+            for name, futures in running.items():
                 if took:
                     tell(name, None)
-                for one in all_of_it:
+                for one in futures:
                     one.result()
                 now = time.perf_counter()
                 took[name], began = now - began, now

@@ -36,7 +36,8 @@ from jax.extend.mlir import ir
 from jaxinfer.tree import Device
 
 KERNEL = "mosaic_gpu_v2"  # what a kernel is called by in a lowered program
-LIBRARIES = "jaxinfer", "jax", "jaxlib", "numpy", "builtins"  # whose versions are part of a program's name
+VERSIONS = "jax", "jaxlib", "numpy"
+LIBRARIES = "jaxinfer", "builtins", *VERSIONS  # what may be part of a program's name
 THREADS_OWN = "jax_default_matmul_precision", "jax_enable_x64", "jax_debug_nans"  # settings that may be a thread's
 ANY_CALL = jax.export.DisabledSafetyCheck.custom_call("ALL")  # no other version reads the file
 
@@ -226,7 +227,9 @@ def _path(program: Program, key: _Key) -> Path | None:
         return None
     settings = {name: str(value) for name, value in jax.config.values.items() if "cache" not in name}
     (device,) = key.devices
-    surroundings = _source(), version("jax"), version("jaxlib"), device.device_kind, settings, key.settings
+    # What a kernel is lowered to depends on the CUDA that is there.
+    place = device.device_kind, device.client.platform_version
+    surroundings = _source(), sys.version, [*map(version, VERSIONS)], place, settings, key.settings
     try:
         made_from = _described((surroundings, program, key.static, jax.tree.unflatten(key.tree, key.kinds)))
     except _Nameless:

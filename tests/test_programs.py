@@ -1,6 +1,5 @@
 """Programs that are kept in files, and their kernels apart: what is found again, and when it must not be."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -150,17 +149,17 @@ def test_a_model_answers_from_files(folder, monkeypatch, where):
     assert answer() == first
 
 
-def lowered(platform: str) -> jax.stages.Lowered:
+def lowered() -> jax.stages.Lowered:
     def program(rows: jax.Array, weights: jax.Array, others: jax.Array) -> tuple[jax.Array, ...]:
         ys = [reduce(rows, None, w, None, dtype=jnp.bfloat16) for w in (weights, others, weights)]
         return ys[0] + ys[2], ys[1]
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 64), (2, 2), (1, 4))]
-    return jax.jit(program).trace(*shapes).lower(lowering_platforms=(platform,))
+    return jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
 def test_each_kernel_of_a_program_is_lowered_alone():
-    program = lowered("cuda")
+    program = lowered()
     alone = programs.kernels(program, jax.devices("cpu")[0])
 
     def calls(one: jax.stages.Lowered) -> set[str]:
@@ -170,7 +169,7 @@ def test_each_kernel_of_a_program_is_lowered_alone():
 
     assert len(alone) == 2
     assert all(len(calls(one)) == 1 for one in alone)
-    assert {json.dumps(sorted(c)) for c in map(calls, alone)} == {json.dumps([c]) for c in calls(program)}
+    assert set().union(*map(calls, alone)) == calls(program)
 
 
 @pytest.mark.parametrize("name", ["bool", "int8", "uint16", "int32", "float32", "bfloat16", "float16"])
